@@ -1,0 +1,130 @@
+"""The module that componentize-py makes a component of: glue, and nothing else.
+
+Importing it is the build. The classes are the world's exports. An exception
+that leaves one of their methods is a trap, so none does.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from componentize_py_types import Err
+from wit_world.imports import key_derivation, request_body, response
+
+from wsgi_wasm import build, command, snapshot, wsgi
+from wsgi_wasm.streams import BodyAborted, BodyTooLarge
+
+
+class _Host:
+    """The host's functions for `wsgi.run`, with exceptions for the contract's errors."""
+
+    @staticmethod
+    def read(limit: int) -> bytes:
+        try:
+            data: bytes = request_body.read(limit)
+            return data
+        except Err as error:
+            match error.value:
+                case request_body.ReadError.TOO_LARGE:
+                    raise BodyTooLarge("the request body is larger than the host allows") from None
+                case request_body.ReadError.CLIENT_GONE:
+                    raise BodyAborted(
+                        "the client left before its whole request body arrived"
+                    ) from None
+                case _:
+                    raise BodyAborted("no request body can be read (any more)") from None
+
+    @staticmethod
+    def start(head: bytes) -> None:
+        try:
+            response.start(head)
+        except Err as error:
+            raise _write_error(error) from None
+
+    @staticmethod
+    def write(chunk: bytes) -> None:
+        try:
+            response.write(chunk)
+        except Err as error:
+            raise _write_error(error) from None
+
+    @staticmethod
+    def finish() -> None:
+        try:
+            response.finish()
+        except Err as error:
+            raise _write_error(error) from None
+
+    @staticmethod
+    def log(text: str) -> None:
+        sys.stderr.write(text)
+
+
+class _Derivation:
+    """The host's functions for `kdf`."""
+
+    @staticmethod
+    def pbkdf2_hmac(
+        digest: str, password: bytes, salt: bytes, iterations: int, length: int
+    ) -> bytes:
+        try:
+            derived: bytes = key_derivation.pbkdf2_hmac(
+                key_derivation.Digest[digest.upper()], password, salt, iterations, length
+            )
+            return derived
+        except Err as error:
+            raise ValueError(error.value.value) from None
+
+    @staticmethod
+    def scrypt(password: bytes, salt: bytes, n: int, r: int, p: int, length: int) -> bytes:
+        try:
+            derived: bytes = key_derivation.scrypt(password, salt, n, r, p, length)
+            return derived
+        except Err as error:
+            raise ValueError(error.value.value) from None
+
+
+def _write_error(error: Err) -> OSError | RuntimeError:
+    if error.value is response.WriteError.CLIENT_GONE:
+        return wsgi.ClientGone("the client left before it had the whole response")
+    return wsgi.Refused("the host refused the response; its log tells why")
+
+
+class Handler:
+    """The exported interface `handler`."""
+
+    def handle(self, environ: bytes, body: bytes) -> bytes:
+        """Answers one request."""
+        try:
+            if snapshot.stale:
+                snapshot.renew()
+            return wsgi.run(_application, environ, body, _HOST)
+        except BaseException as error:
+            # Out of memory before the application was called, say.
+            _report(error)
+            return b""
+
+
+class Command:
+    """The exported interface `command`."""
+
+    def run(self, arguments: list[str]) -> int:
+        """Runs a command line that starts with `python`."""
+        try:
+            if snapshot.stale:
+                snapshot.renew()
+            return command.run(arguments)
+        except BaseException as error:
+            _report(error)
+            return 1
+
+
+def _report(error: BaseException) -> None:
+    try:
+        sys.stderr.write(f"wsgi-wasm: {type(error).__name__}: {error}\n")
+    except BaseException:
+        return
+
+
+_HOST = _Host()
+_application = build.main(_Derivation())

@@ -1,0 +1,135 @@
+"""The streams of PEP 3333: `wsgi.input` and `wsgi.file_wrapper`.
+
+A body that has arrived as a whole is a `BytesIO`, which costs nothing. Only a
+body that is still on its way needs `RequestBody`, which asks the host for
+more when the application reads more.
+
+`wsgi.errors` is the interpreter's own `sys.stderr`, which the guest's
+environment (PYTHONUNBUFFERED) makes write through.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
+Pull = Callable[[int], bytes]
+"""Returns at least one and at most so many next bytes of the body, or none at its end."""
+
+# One pull per 16 KiB of lines; a large `read(size)` bypasses the buffer.
+_BUFFER = 16 * 1024
+# The largest piece to pull at once when the whole rest is asked for.
+_PIECE = 256 * 1024
+
+
+class BodyAborted(ConnectionResetError):
+    """The client closed the connection, or fell silent, before its whole body arrived."""
+
+
+class BodyTooLarge(OSError):
+    """The body is larger than the host's limit; the host answers 413 by itself."""
+
+
+def open_input(environ: dict[str, Any], body: bytes, pull: Pull) -> io.BufferedIOBase:
+    """Returns `wsgi.input` for a request of which `body` has arrived.
+
+    PEP 3333, "Input and Error Streams": a server "should not attempt to read
+    past the Content-Length", and simulates an end of file there. A request
+    with neither Content-Length nor Transfer-Encoding has no body (RFC 9112
+    section 6.3). `pull` is called only for bytes that have not arrived.
+    """
+    declared = environ.get("CONTENT_LENGTH")
+    if declared:
+        length = int(declared)
+        if len(body) < length:
+            return io.BufferedReader(RequestBody(body, length, pull), _BUFFER)
+        return io.BytesIO(body if len(body) == length else body[:length])
+    if "HTTP_TRANSFER_ENCODING" in environ:
+        return io.BufferedReader(RequestBody(body, None, pull), _BUFFER)
+    return io.BytesIO()
+
+
+class RequestBody(io.RawIOBase):
+    """The bytes of a body that is still arriving.
+
+    `first` are those that are here; `length` is the length of the whole, or
+    None if only `pull` knows where it ends. Meant to be read through an
+    `io.BufferedReader`, which has `readline` and its kin.
+    """
+
+    def __init__(self, first: bytes, length: int | None, pull: Pull) -> None:
+        self._first = memoryview(first)
+        self._missing = None if length is None else length - len(first)
+        self._pull = pull
+
+    def readable(self) -> bool:
+        """Returns True."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer, /) -> int:
+        """Fills `buffer` with what comes next, as much as one pull gives."""
+        view = memoryview(buffer).cast("B")
+        data = self._next(len(view))
+        view[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        """Returns all the rest."""
+        pieces = []
+        while data := self._next(_PIECE):
+            pieces.append(data)
+        return b"".join(pieces)
+
+    def _next(self, limit: int) -> bytes | memoryview:
+        if self._first:
+            data, self._first = self._first[:limit], self._first[limit:]
+            return data
+        missing = self._missing
+        if missing is None:
+            pulled = self._pull(limit) if limit else b""
+            if limit and not pulled:
+                # The end: the host need not be asked again.
+                self._missing = 0
+            return pulled
+        if not missing or not limit:
+            return b""
+        pulled = self._pull(min(limit, missing))
+        if not pulled:
+            raise BodyAborted(f"the request body ended {missing} bytes before its Content-Length")
+        self._missing = missing - len(pulled)
+        return pulled
+
+
+class Readable(Protocol):
+    """What PEP 3333 asks of a file-like object for `wsgi.file_wrapper`."""
+
+    def read(self, size: int, /) -> bytes:
+        """Returns at most `size` bytes, none at the end."""
+        ...
+
+
+class FileWrapper:
+    """Iterates over a file-like object in blocks (PEP 3333, "Optional Platform-Specific
+    File Handling").
+
+    It has a `close` only if the file-like object has one: the server calls it
+    at the end of the request.
+    """
+
+    def __init__(self, filelike: Readable, block_size: int = 8192) -> None:
+        self.filelike = filelike
+        self.block_size = block_size
+        if hasattr(filelike, "close"):
+            self.close = filelike.close
+
+    def __iter__(self) -> FileWrapper:
+        return self
+
+    def __next__(self) -> bytes:
+        if block := self.filelike.read(self.block_size):
+            return block
+        raise StopIteration

@@ -1,0 +1,388 @@
+"""One request: PEP 3333 between a WSGI application and the host.
+
+The host checks all of this again, for it trusts no guest. The checks here
+exist because only they can raise inside the application, at the line which
+is at fault.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from types import TracebackType
+from typing import Any, Protocol
+
+from wsgi_wasm.streams import BodyAborted, BodyTooLarge, FileWrapper, open_input
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+"""A WSGI application."""
+
+ExcInfo = tuple[type[BaseException], BaseException, TracebackType | None]
+
+
+class ClientGone(ConnectionAbortedError):
+    """The client left before it had the whole response."""
+
+
+class Refused(RuntimeError):
+    """The host refused the response; its log tells why."""
+
+
+class Host(Protocol):
+    """What `run` needs of the host for one request."""
+
+    def read(self, limit: int, /) -> bytes:
+        """Returns the next bytes of the request body, none at its end.
+
+        Raises `BodyAborted` or `BodyTooLarge`.
+        """
+        ...
+
+    def start(self, head: bytes, /) -> None:
+        """Sends a CGI response head. Raises `ClientGone` or `Refused`."""
+        ...
+
+    def write(self, chunk: bytes, /) -> None:
+        """Sends bytes of the body. Raises `ClientGone` or `Refused`."""
+        ...
+
+    def finish(self) -> None:
+        """Says that the body is complete. Raises `ClientGone` or `Refused`."""
+        ...
+
+    def log(self, text: str, /) -> None:
+        """Writes lines to the application's log."""
+        ...
+
+
+# PEP 3333, "environ Variables": the part that is equal in all requests. An
+# instance answers one request at a time, and the host runs several instances.
+_ENVIRON: dict[str, Any] = {
+    "wsgi.version": (1, 0),
+    "wsgi.multithread": False,
+    "wsgi.multiprocess": True,
+    "wsgi.run_once": False,
+    "wsgi.input_terminated": True,
+    "wsgi.file_wrapper": FileWrapper,
+}
+
+# Bytes handed to the host at once. A list that crosses the border is copied
+# as a whole, so one large body would need several times its size in memory.
+_PIECE = 1024 * 1024
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
+_STATUS = re.compile(r"[1-9][0-9]{2} [\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff][\t\x20]*")
+# RFC 9110 section 5.5: visible characters, blanks and obs-text.
+_BAD_IN_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
+_DIGITS = re.compile(r"[0-9]{1,18}")
+
+# PEP 3333, "Other HTTP Features": an application must not use hop-by-hop
+# features. `Status` would be taken for the status line of the CGI response.
+_RESERVED = frozenset({
+    "connection", "keep-alive", "proxy-authenticate", "proxy-authorization",
+    "proxy-connection", "te", "trailer", "trailers", "transfer-encoding", "upgrade", "status",
+})  # fmt: skip
+
+_FAILED = "the application failed"
+
+# Names that were checked, with their lower case form, since an application
+# uses a few names over and over. Bounded, for a name may come from a client.
+_names: dict[str, str] = {}
+_NAMES_LIMIT = 256
+
+
+def run(application: Application, environ_block: bytes, body: bytes, host: Host) -> bytes:
+    """Answers one request.
+
+    `environ_block` and `body` are the arguments of `handler.handle`, and so is
+    what it returns: a whole CGI response, or nothing if the response went
+    through `host` or the application failed.
+    """
+    # SCGI's header encoding ends with a NUL, so the last field has no partner.
+    fields = iter(environ_block.decode("latin-1").split("\0"))
+    environ: dict[str, Any] = dict(zip(fields, fields))
+    environ.update(_ENVIRON)
+    environ["wsgi.errors"] = sys.stderr
+    response = Response(environ, host)
+    chunks: Any = None
+    answer = b""
+    try:
+        environ["wsgi.input"] = open_input(environ, body, host.read)
+        chunks = application(environ, response.start_response)
+        if type(chunks) is list or type(chunks) is tuple:
+            # They have no `close`.
+            return response.whole(chunks)
+        answer = response.stream(chunks)
+    except BaseException as error:
+        # Also SystemExit and its kin: what leaves an exported function is a
+        # trap, which costs the instance.
+        response.report(error)
+    # PEP 3333, "Specification Details": `close` is called "whether the request
+    # was completed normally, or terminated early". It is not part of the
+    # response, which stands if `close` fails.
+    try:
+        close = getattr(chunks, "close", None)
+        if close is not None:
+            close()
+    except BaseException as error:
+        response.report(error, "close() failed")
+    return answer
+
+
+class Response:
+    """The response to one request: what `start_response` and `write` do, and the sending.
+
+    A response that is known as a whole is returned to the host; else its head
+    goes out with the first chunk that is not empty.
+    """
+
+    __slots__ = (
+        "bodiless",
+        "cut",
+        "environ",
+        "gone",
+        "head",
+        "held",
+        "host",
+        "length",
+        "sent",
+        "started",
+    )
+
+    def __init__(self, environ: dict[str, Any], host: Host) -> None:
+        self.environ = environ
+        self.host = host
+        # The head without its final empty line, as `start_response` got it.
+        self.head: str | None = None
+        # Whether the host has the head.
+        self.started = False
+        # A first chunk that is the whole body by its Content-Length.
+        self.held: bytes | None = None
+        # The Content-Length that the application declared.
+        self.length: int | None = None
+        self.bodiless = False
+        self.sent = 0
+        self.cut = False
+        self.gone = False
+
+    def start_response(
+        self, status: str, headers: list[tuple[str, str]], exc_info: ExcInfo | None = None
+    ) -> Callable[[bytes], None]:
+        """Takes status and headers, sends nothing, returns `write`.
+
+        PEP 3333, "The start_response() Callable". Errors "should" be raised
+        here, "while the application is still running".
+        """
+        if exc_info:
+            try:
+                # A held chunk counts: to the application, it is sent.
+                if self.started or self.held is not None:
+                    raise exc_info[1].with_traceback(exc_info[2])
+            finally:
+                exc_info = None  # Breaks the circle through this frame.
+        elif self.head is not None:
+            raise RuntimeError("start_response was called a second time without exc_info")
+        if type(status) is not str:
+            raise TypeError(f"the status must be a str, not {_kind(status)}: {status!r}")
+        if not _STATUS.fullmatch(status):
+            raise ValueError(f"the status must be like '200 OK', not {status!r}")
+        if type(headers) is not list:
+            raise TypeError(f"the headers must be a list, not {_kind(headers)}")
+        code = status[:3]
+        without_length = code == "204" or code[0] == "1"
+        length = None
+        head = f"Status: {status}\r\n"
+        for header in headers:
+            if type(header) is not tuple or len(header) != 2:
+                raise TypeError(f"a header must be a tuple (name, value), not {header!r}")
+            name, value = header
+            if type(name) is not str or type(value) is not str:
+                raise TypeError(f"the name and the value of a header must be str: {header!r}")
+            lower = _names.get(name) or _check_name(name)
+            # The first two are quick and true for nearly all values.
+            if not (value.isascii() and value.isprintable()) and (
+                bad := _BAD_IN_VALUE.search(value)
+            ):
+                raise ValueError(f"the value of header {name} contains {bad[0]!r}: {value!r}")
+            if lower == "content-length":
+                if length is not None:
+                    raise ValueError("the headers contain Content-Length twice")
+                if not _DIGITS.fullmatch(value):
+                    raise ValueError(f"Content-Length must be a number, not {value!r}")
+                length = int(value)
+                if without_length:
+                    # RFC 9110 section 8.6 forbids it there.
+                    continue
+            head += f"{name}: {value}\r\n"
+        self.head = head
+        self.length = length
+        # RFC 9110 section 6.4.1.
+        self.bodiless = (
+            without_length or code == "304" or self.environ.get("REQUEST_METHOD") == "HEAD"
+        )
+        return self.write
+
+    def write(self, data: bytes) -> None:
+        """Sends `data` before it returns (PEP 3333, "The write() Callable")."""
+        if not isinstance(data, bytes):
+            raise TypeError(f"write() takes bytes, not {_kind(data)}")
+        self.send(data)
+
+    def send(self, chunk: bytes) -> None:
+        """Sends `chunk`, and before it the head if that is still here.
+
+        PEP 3333, "The start_response() Callable": the head waits for the first
+        chunk that is not empty, so that the application can still replace it.
+        """
+        if not chunk:
+            return
+        if self.length is not None and not self.bodiless and len(chunk) > self.length - self.sent:
+            chunk = self.cut_to(chunk, self.length - self.sent)
+            # Nothing is left of it after the end; an empty body has only a head.
+            if not chunk and (self.started or self.held is not None):
+                return
+        host = self.host
+        try:
+            if not self.started:
+                if self.head is None:
+                    raise RuntimeError("the application sent a body before start_response")
+                # Started before the attempt: a head may be half way out.
+                self.started = True
+                host.start(f"{self.head}\r\n".encode("latin-1"))
+            if self.bodiless or not chunk:
+                return
+            if len(chunk) <= _PIECE:
+                host.write(chunk)
+            else:
+                for start in range(0, len(chunk), _PIECE):
+                    host.write(chunk[start : start + _PIECE])
+        except ClientGone:
+            self.gone = True
+            raise
+        self.sent += len(chunk)
+
+    def whole(self, chunks: list[bytes] | tuple[bytes, ...]) -> bytes:
+        """Answers with a body that is known as a whole."""
+        for chunk in chunks:
+            if not isinstance(chunk, bytes):
+                raise TypeError(f"a chunk of the body must be bytes, not {_kind(chunk)}")
+        if self.started:  # by write()
+            for chunk in chunks:
+                self.send(chunk)
+            return self.end()
+        return self.complete(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+
+    def stream(self, chunks: Iterable[bytes]) -> bytes:
+        """Answers with chunks, each sent before the next is asked for.
+
+        PEP 3333, "Buffering and Streaming". The exception is a first chunk as
+        long as the Content-Length: it is all there is, and only asking for
+        more tells whether the application ends well.
+        """
+        if chunks is None or isinstance(chunks, (str, bytes)):
+            raise TypeError(f"the application returned {_kind(chunks)}, not an iterable of bytes")
+        for chunk in chunks:
+            if not isinstance(chunk, bytes):
+                raise TypeError(f"a chunk of the body must be bytes, not {_kind(chunk)}")
+            if len(chunk) == self.length and not self.started and self.held is None and chunk:
+                self.held = chunk
+                self.sent = len(chunk)
+            else:
+                self.send(chunk)
+        return self.end()
+
+    def end(self) -> bytes:
+        """Ends the response after the last chunk."""
+        if not self.started:
+            return self.complete(self.held or b"")
+        if self.gone:
+            # The application caught the exception and went on.
+            raise ClientGone("the client is gone")
+        if self.length is not None and self.sent < self.length and not self.bodiless:
+            raise self.too_short(self.sent)
+        self.host.finish()
+        return b""
+
+    def complete(self, body: bytes) -> bytes:
+        """Returns the CGI response with the whole `body`.
+
+        PEP 3333, "Handling the Content-Length Header": added if it is missing;
+        a body that is longer is cut, one that is shorter is an error.
+        """
+        head = self.head
+        if head is None:
+            raise RuntimeError("the application did not call start_response")
+        if self.bodiless:
+            return f"{head}\r\n".encode("latin-1")
+        length = self.length
+        if length is None:
+            head = f"{head}Content-Length: {len(body)}\r\n"
+        elif len(body) > length:
+            body = self.cut_to(body, length)
+        elif len(body) < length:
+            raise self.too_short(len(body))
+        if len(body) <= _PIECE:
+            return f"{head}\r\n".encode("latin-1") + body
+        self.head = head
+        self.sent = 0
+        self.held = None
+        self.send(body)
+        return self.end()
+
+    def cut_to(self, chunk: bytes, room: int) -> bytes:
+        """Returns the part of `chunk` that the Content-Length has room for."""
+        if not self.cut:
+            self.cut = True
+            self.log(f"the body is longer than its Content-Length of {self.length}, cut")
+        return chunk[:room]
+
+    def too_short(self, sent: int) -> ValueError:
+        """Returns the error for a body that ends before its Content-Length."""
+        return ValueError(f"the body has {sent} bytes, but Content-Length is {self.length}")
+
+    def report(self, error: BaseException, what: str = _FAILED) -> None:
+        """Logs `error`: with its traceback, unless the client is its cause. Never raises."""
+        try:
+            if isinstance(error, (ClientGone, BodyAborted, BodyTooLarge)):
+                self.log(f"stopped: {error}")
+            elif self.gone and what == _FAILED:
+                # What an application makes of `ClientGone` is no news either.
+                self.log(f"stopped: {_kind(error)} after the client was gone: {error}")
+            else:
+                trace = error.__traceback__
+                # The frames of this module say nothing about the application.
+                while trace is not None and trace.tb_frame.f_code.co_filename == _FILE:
+                    trace = trace.tb_next
+                lines = traceback.format_exception(type(error), error, trace)
+                self.log(what, "".join(lines))
+        except BaseException:
+            # Out of memory, most likely. The empty answer still tells the host.
+            return
+
+    def log(self, message: str, details: str = "") -> None:
+        """Writes one line that names the request, then `details`."""
+        environ = self.environ
+        # The path comes from the client: `ascii` keeps its line breaks out of the log.
+        path = ascii(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))[1:-1]
+        self.host.log(f"{environ.get('REQUEST_METHOD')} {path}: {message}\n{details}")
+
+
+def _check_name(name: str) -> str:
+    """Returns `name` in lower case if an application may send such a header."""
+    if not _TOKEN.fullmatch(name):
+        raise ValueError(f"not a header name: {name!r}")
+    lower = name.lower()
+    if lower in _RESERVED:
+        raise ValueError(f"header {name} is the server's business, not the application's")
+    if len(_names) < _NAMES_LIMIT:
+        _names[name] = lower
+    return lower
+
+
+def _kind(value: object) -> str:
+    return type(value).__name__
+
+
+_FILE = run.__code__.co_filename

@@ -1,0 +1,530 @@
+//! The file that `build` makes and `serve` runs: one standard component, with
+//! everything else the app needs in custom sections behind it.
+//!
+//! | custom section             | content                                       | guest path |
+//! |----------------------------|-----------------------------------------------|------------|
+//! | `wsgi-wasm:manifest`       | [`Manifest`] as JSON                          |            |
+//! | `wsgi-wasm:layer:python`   | standard library, tar compressed by zstd      | `/python`  |
+//! | `wsgi-wasm:layer:app`      | the app's own files, likewise                 | `/0`       |
+//! | `wsgi-wasm:layer:site`     | vendored packages and the adapter, likewise   | `/1`       |
+//!
+//! The guest paths are those at which componentize-py mounts the directories
+//! while it makes the snapshot; paths in the snapshot (`__file__`,
+//! `sys.path`) stay right only if they are the same at run time.
+//!
+//! Nothing here is trusted. Any component that exports our world can be
+//! served, whoever made it; a layer is unpacked by its true digest, and only
+//! plain files and directories in it.
+
+use std::collections::BTreeMap;
+use std::fs::{self, File};
+use std::io::{Read, Write as _};
+use std::ops::Range;
+use std::path::{Component as PathPart, Path, PathBuf};
+
+use anyhow::{Context as _, Result, bail};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
+
+use crate::cache::{self, Bucket, Cache, Links, walk};
+use crate::error::UserError;
+
+const MANIFEST_SECTION: &str = "wsgi-wasm:manifest";
+const LAYER_SECTION: &str = "wsgi-wasm:layer:";
+
+/// The newest manifest format that this host reads.
+pub const MANIFEST_FORMAT: u32 = 1;
+
+/// Bounds for what an untrusted layer may unpack to.
+const LAYER_MAX_BYTES: u64 = 4 << 30;
+const LAYER_MAX_FILES: u64 = 500_000;
+
+/// What is in an artifact and how it was made. Serves people and tools; the
+/// host decides nothing by it that matters for safety.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Manifest {
+    /// [`MANIFEST_FORMAT`] when it was written.
+    pub format: u32,
+    /// The WSGI callable, as `module:attribute`.
+    pub application: String,
+    /// Version of the guest's interpreter.
+    pub python: String,
+    /// The tools that made the artifact, with their versions.
+    pub tools: BTreeMap<String, String>,
+    /// The vendored packages: the software bill of materials.
+    pub packages: Vec<Package>,
+    /// Paths that were requested before the snapshot.
+    pub warmup: Vec<String>,
+    /// Variables set for the build, and at run time unless overridden.
+    pub environment: BTreeMap<String, String>,
+    /// Digest of everything that went into the build.
+    pub inputs: String,
+    /// The layers in the file.
+    pub layers: Vec<LayerSummary>,
+}
+
+/// One vendored package.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Package {
+    /// Name in its normalised form: lower case, words joined by `-`.
+    pub name: String,
+    /// Resolved version.
+    pub version: String,
+    /// Licence from the package's metadata.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub license: Option<String>,
+    /// Digest of the distribution file that was installed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sha256: Option<String>,
+    /// The packages that asked for it; empty if the project itself did.
+    #[serde(default)]
+    pub required_by: Vec<String>,
+}
+
+/// One layer as the manifest lists it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct LayerSummary {
+    /// Which one it is.
+    pub name: Layer,
+    /// Digest of the compressed layer.
+    pub sha256: String,
+    /// Number of files.
+    pub files: u64,
+    /// Their size unpacked, in bytes.
+    pub size: u64,
+}
+
+/// A set of files with a fixed place in the guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Layer {
+    /// The standard library.
+    Python,
+    /// The app's own files.
+    App,
+    /// Vendored packages and the adapter.
+    Site,
+}
+
+impl Layer {
+    /// All layers, in the order in which they are written.
+    pub const ALL: [Layer; 3] = [Layer::Python, Layer::Site, Layer::App];
+
+    /// The layer's name in a section and a manifest.
+    pub fn name(self) -> &'static str {
+        match self {
+            Layer::Python => "python",
+            Layer::App => "app",
+            Layer::Site => "site",
+        }
+    }
+
+    /// Where the guest sees the layer.
+    pub fn guest_path(self) -> &'static str {
+        match self {
+            Layer::Python => "/python",
+            Layer::App => "/0",
+            Layer::Site => "/1",
+        }
+    }
+}
+
+/// A layer packed for an artifact.
+#[derive(Clone, Debug)]
+pub struct PackedLayer {
+    /// Which one it is.
+    pub layer: Layer,
+    /// A tar archive compressed by zstd.
+    pub bytes: Vec<u8>,
+    /// Number of files in it.
+    pub files: u64,
+    /// Their size unpacked, in bytes.
+    pub size: u64,
+}
+
+impl PackedLayer {
+    /// Packs all plain files below `root`. The same files give the same bytes:
+    /// names are sorted, and times and owners are left out.
+    ///
+    /// # Errors
+    ///
+    /// If a file can not be read or its name can not stand in a tar archive.
+    pub fn pack(layer: Layer, root: &Path) -> Result<PackedLayer> {
+        let mut archive = tar::Builder::new(zstd::Encoder::new(Vec::new(), 6)?);
+        let (mut files, mut size) = (0, 0);
+        for relative in walk(root, Links::Skip, &mut |_, _| true)? {
+            let path = root.join(&relative);
+            let mut append = || -> std::io::Result<u64> {
+                let mut file = File::open(&path)?;
+                let length = file.metadata()?.len();
+                let mut header = tar::Header::new_gnu();
+                header.set_entry_type(tar::EntryType::Regular);
+                header.set_mode(0o644);
+                header.set_mtime(0);
+                header.set_size(length);
+                archive.append_data(&mut header, &relative, &mut file)?;
+                Ok(length)
+            };
+            size += append().with_context(|| format!("failed to pack `{}`", path.display()))?;
+            files += 1;
+        }
+        let bytes = archive.into_inner()?.finish()?;
+        Ok(PackedLayer { layer, bytes, files, size })
+    }
+
+    /// The layer's line in the manifest.
+    pub fn summary(&self) -> LayerSummary {
+        LayerSummary {
+            name: self.layer,
+            sha256: cache::sha256(&self.bytes),
+            files: self.files,
+            size: self.size,
+        }
+    }
+}
+
+/// Puts the manifest and the layers behind `component`.
+pub fn assemble(component: Vec<u8>, manifest: &Manifest, layers: &[PackedLayer]) -> Result<Vec<u8>> {
+    let mut artifact = component;
+    append_section(&mut artifact, MANIFEST_SECTION, &serde_json::to_vec(manifest)?);
+    for layer in layers {
+        append_section(&mut artifact, &format!("{LAYER_SECTION}{}", layer.layer.name()), &layer.bytes);
+    }
+    Ok(artifact)
+}
+
+/// Appends a custom section (core specification 5.5.3): id 0, the size, the
+/// name with its length, the content.
+fn append_section(component: &mut Vec<u8>, name: &str, content: &[u8]) {
+    fn leb128(mut value: usize, out: &mut Vec<u8>) {
+        loop {
+            let byte = (value & 0x7f) as u8;
+            value >>= 7;
+            if value == 0 {
+                out.push(byte);
+                return;
+            }
+            out.push(byte | 0x80);
+        }
+    }
+    let mut name_length = Vec::new();
+    leb128(name.len(), &mut name_length);
+    component.push(0);
+    leb128(name_length.len() + name.len() + content.len(), component);
+    component.extend_from_slice(&name_length);
+    component.extend_from_slice(name.as_bytes());
+    component.extend_from_slice(content);
+}
+
+/// An artifact in memory, taken apart.
+pub struct Artifact {
+    /// Where it came from, for messages.
+    pub path: PathBuf,
+    bytes: Vec<u8>,
+    /// The parts that are the component itself.
+    component: Vec<Range<usize>>,
+    manifest: Option<Manifest>,
+    layers: Vec<(Layer, Range<usize>)>,
+}
+
+impl Artifact {
+    /// Reads the file at `path` and finds its parts.
+    ///
+    /// # Errors
+    ///
+    /// A [`UserError`] if there is no such file, or it is not a whole component.
+    pub fn open(path: &Path) -> Result<Artifact> {
+        let bytes = fs::read(path).map_err(|error| {
+            UserError::new(format!("can not read the app `{}`: {error}", path.display()))
+                .remedy("build one with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
+        })?;
+        Artifact::parse(path, bytes)
+    }
+
+    fn parse(path: &Path, bytes: Vec<u8>) -> Result<Artifact> {
+        let refuse = |reason: &str| {
+            UserError::new(format!("`{}` {reason}", path.display()))
+                .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
+        };
+        // Preamble: magic, version, layer. A core module has layer 0.
+        match bytes.get(..8) {
+            Some(b"\0asm\x0d\0\x01\0") => {}
+            Some(b"\0asm\x01\0\0\0") => {
+                return Err(refuse("is a core WebAssembly module, not a component").into());
+            }
+            Some([0, b'a', b's', b'm', ..]) => {
+                return Err(refuse("is WebAssembly of a version that is not known here").into());
+            }
+            _ => return Err(refuse("is not a WebAssembly component").into()),
+        }
+        let truncated = || refuse("is cut off: the file ends inside a section");
+        let mut artifact = Artifact {
+            path: path.to_path_buf(),
+            bytes: Vec::new(),
+            component: Vec::new(),
+            manifest: None,
+            layers: Vec::new(),
+        };
+        artifact.component.push(0..8);
+        let mut at = 8;
+        while at < bytes.len() {
+            let start = at;
+            let id = bytes[at];
+            at += 1;
+            let length = read_leb128(&bytes, &mut at).ok_or_else(truncated)?;
+            let end = at.checked_add(length).filter(|end| *end <= bytes.len()).ok_or_else(truncated)?;
+            let ours = if id == 0 { our_section(&bytes[..end], at) } else { None };
+            match ours {
+                Some((MANIFEST_SECTION, content)) => {
+                    let manifest: Manifest = serde_json::from_slice(&bytes[content])
+                        .map_err(|error| refuse(&format!("has a manifest that can not be read: {error}")))?;
+                    if manifest.format > MANIFEST_FORMAT {
+                        return Err(refuse("was built by a newer wsgi-wasm").into());
+                    }
+                    artifact.manifest = Some(manifest);
+                }
+                Some((name, content)) => {
+                    let layer = Layer::ALL
+                        .into_iter()
+                        .find(|layer| name.strip_prefix(LAYER_SECTION) == Some(layer.name()))
+                        .ok_or_else(|| {
+                            refuse(&format!("has a section `{name}` that this version does not know"))
+                        })?;
+                    artifact.layers.push((layer, content));
+                }
+                None => match artifact.component.last_mut() {
+                    Some(last) if last.end == start => last.end = end,
+                    _ => artifact.component.push(start..end),
+                },
+            }
+            at = end;
+        }
+        artifact.bytes = bytes;
+        Ok(artifact)
+    }
+
+    /// The manifest, if the artifact has one.
+    pub fn manifest(&self) -> Option<&Manifest> {
+        self.manifest.as_ref()
+    }
+
+    /// Size of the file in bytes.
+    pub fn size(&self) -> usize {
+        self.bytes.len()
+    }
+
+    /// Size of the component without our sections, in bytes.
+    pub fn component_size(&self) -> usize {
+        self.component.iter().map(Range::len).sum()
+    }
+
+    /// Size of each packed layer in bytes.
+    pub fn layers(&self) -> impl Iterator<Item = (Layer, usize)> + '_ {
+        self.layers.iter().map(|(layer, range)| (*layer, range.len()))
+    }
+
+    /// SHA-256 of the component without our sections.
+    pub fn component_digest(&self) -> [u8; 32] {
+        let mut digest = Sha256::new();
+        for range in &self.component {
+            digest.update(&self.bytes[range.clone()]);
+        }
+        digest.finalize().into()
+    }
+
+    /// The component without our sections.
+    pub fn component(&self) -> Vec<u8> {
+        self.component.iter().flat_map(|range| &self.bytes[range.clone()]).copied().collect()
+    }
+
+    /// Unpacks the layers, each once per digest and machine, and returns
+    /// where they are.
+    ///
+    /// # Errors
+    ///
+    /// A [`UserError`] if a layer is damaged or holds more than plain files.
+    pub fn unpack_layers(&self, cache: &Cache) -> Result<Vec<(Layer, PathBuf)>> {
+        self.layers
+            .iter()
+            .map(|(layer, range)| {
+                let packed = &self.bytes[range.clone()];
+                let directory = cache.get_or_make(Bucket::Layers, &cache::sha256(packed), |directory| {
+                    unpack(packed, directory)
+                        .map_err(|error| {
+                            UserError::new(format!(
+                                "the layer `{}` of `{}` can not be unpacked: {error:#}",
+                                layer.name(),
+                                self.path.display()
+                            ))
+                            .remedy("build the app again")
+                        })
+                        .map_err(Into::into)
+                })?;
+                Ok((*layer, directory))
+            })
+            .collect()
+    }
+}
+
+/// Unpacks an untrusted layer into the new directory `directory`.
+fn unpack(packed: &[u8], directory: &Path) -> Result<()> {
+    fs::create_dir(directory)?;
+    let mut archive = tar::Archive::new(zstd::Decoder::new(packed)?);
+    let (mut files, mut left) = (0, LAYER_MAX_BYTES);
+    let mut made = PathBuf::new();
+    for entry in archive.entries()? {
+        let entry = entry?;
+        let name = entry.path()?.into_owned();
+        if entry.header().entry_type() != tar::EntryType::Regular {
+            bail!("`{}` is not a plain file", name.display());
+        }
+        if name.as_os_str().is_empty() || !name.components().all(|part| matches!(part, PathPart::Normal(_))) {
+            bail!("`{}` points outside of the layer", name.display());
+        }
+        files += 1;
+        left = left.saturating_sub(entry.size());
+        if files > LAYER_MAX_FILES || left == 0 {
+            bail!("it is larger than {LAYER_MAX_FILES} files or {LAYER_MAX_BYTES} bytes");
+        }
+        let path = directory.join(&name);
+        let parent = path.parent().unwrap_or(directory);
+        if parent != made {
+            fs::create_dir_all(parent)?;
+            made = parent.to_path_buf();
+        }
+        // `create_new`: a second entry of the same name is no honest layer.
+        let mut file =
+            File::create_new(&path).with_context(|| format!("failed to create `{}`", name.display()))?;
+        let size = entry.size();
+        let copied = std::io::copy(&mut entry.take(size), &mut file)?;
+        if copied != size {
+            bail!("`{}` is cut off", name.display());
+        }
+        file.flush()?;
+    }
+    Ok(())
+}
+
+/// Name and content of a custom section of ours; `at` is where its payload
+/// starts and `bytes` ends with it.
+fn our_section(bytes: &[u8], mut at: usize) -> Option<(&str, Range<usize>)> {
+    let length = read_leb128(bytes, &mut at)?;
+    let end = at.checked_add(length).filter(|end| *end <= bytes.len())?;
+    let name = std::str::from_utf8(&bytes[at..end]).ok()?;
+    name.starts_with("wsgi-wasm:").then_some((name, end..bytes.len()))
+}
+
+/// Reads an unsigned LEB128 number of at most 32 bits and moves `at` behind it.
+fn read_leb128(bytes: &[u8], at: &mut usize) -> Option<usize> {
+    let mut value = 0u64;
+    for shift in (0..35).step_by(7) {
+        let byte = *bytes.get(*at)?;
+        *at += 1;
+        value |= u64::from(byte & 0x7f) << shift;
+        if byte & 0x80 == 0 {
+            return u32::try_from(value).ok().map(|value| value as usize);
+        }
+    }
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const EMPTY_COMPONENT: &[u8] = b"\0asm\x0d\0\x01\0";
+
+    fn manifest() -> Manifest {
+        Manifest {
+            format: MANIFEST_FORMAT,
+            application: "app:app".into(),
+            python: "3.14.0".into(),
+            tools: BTreeMap::new(),
+            packages: Vec::new(),
+            warmup: Vec::new(),
+            environment: BTreeMap::new(),
+            inputs: String::new(),
+            layers: Vec::new(),
+        }
+    }
+
+    fn layer_of(files: &[(&str, &str)]) -> PackedLayer {
+        let root = tempfile::tempdir().unwrap();
+        for (name, content) in files {
+            let path = root.path().join(name);
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, content).unwrap();
+        }
+        PackedLayer::pack(Layer::App, root.path()).unwrap()
+    }
+
+    #[test]
+    fn what_goes_in_comes_out() {
+        let layer = layer_of(&[("b/c.txt", "see"), ("a.py", "x = 1")]);
+        let bytes = assemble(EMPTY_COMPONENT.to_vec(), &manifest(), std::slice::from_ref(&layer)).unwrap();
+        let artifact = Artifact::parse(Path::new("app.wasm"), bytes).unwrap();
+        assert_eq!(artifact.component(), EMPTY_COMPONENT);
+        assert_eq!(artifact.manifest().unwrap().application, "app:app");
+        let home = tempfile::tempdir().unwrap();
+        let layers = artifact.unpack_layers(&Cache::at(home.path()).unwrap()).unwrap();
+        assert_eq!(layers.len(), 1);
+        assert_eq!(fs::read_to_string(layers[0].1.join("b/c.txt")).unwrap(), "see");
+    }
+
+    #[test]
+    fn the_same_files_give_the_same_bytes() {
+        let one = layer_of(&[("a", "1"), ("b/c", "2")]);
+        let two = layer_of(&[("b/c", "2"), ("a", "1")]);
+        assert_eq!(one.bytes, two.bytes);
+    }
+
+    #[test]
+    fn a_file_that_is_no_artifact_is_refused_with_the_reason() {
+        let whole = assemble(EMPTY_COMPONENT.to_vec(), &manifest(), &[]).unwrap();
+        for (bytes, reason) in [
+            (b"GIF89a".to_vec(), "not a WebAssembly component"),
+            (Vec::new(), "not a WebAssembly component"),
+            (b"\0asm\x01\0\0\0".to_vec(), "core WebAssembly module"),
+            (b"\0asm\x0e\0\x01\0".to_vec(), "version that is not known"),
+            (whole[..whole.len() - 1].to_vec(), "cut off"),
+            (b"\0asm\x0d\0\x01\0\x01\xff\xff\xff\xff\xff\xff".to_vec(), "cut off"),
+        ] {
+            let error = Artifact::parse(Path::new("x.wasm"), bytes).err().unwrap();
+            assert!(error.is::<UserError>());
+            assert!(error.to_string().contains(reason), "{error}");
+            assert!(error.to_string().contains("x.wasm"), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_hostile_layer_can_not_leave_its_directory() {
+        let hostile = |name: &str, kind: tar::EntryType| {
+            let mut archive = tar::Builder::new(zstd::Encoder::new(Vec::new(), 1).unwrap());
+            let mut header = tar::Header::new_gnu();
+            header.set_entry_type(kind);
+            header.set_size(0);
+            // Written by hand, since the library itself refuses such names.
+            header.as_old_mut().name[..name.len()].copy_from_slice(name.as_bytes());
+            if kind == tar::EntryType::Symlink {
+                header.set_link_name("/etc/passwd").unwrap();
+            }
+            header.set_cksum();
+            archive.append(&header, &[][..]).unwrap();
+            archive.into_inner().unwrap().finish().unwrap()
+        };
+        for (name, kind) in [
+            ("../out", tar::EntryType::Regular),
+            ("/etc/out", tar::EntryType::Regular),
+            ("a/../../out", tar::EntryType::Regular),
+            ("link", tar::EntryType::Symlink),
+            ("hard", tar::EntryType::Link),
+            ("fifo", tar::EntryType::Fifo),
+        ] {
+            let home = tempfile::tempdir().unwrap();
+            let target = home.path().join("layer");
+            assert!(unpack(&hostile(name, kind), &target).is_err(), "{name}");
+            assert!(fs::read_dir(&target).unwrap().next().is_none(), "{name}");
+            assert!(!home.path().join("out").exists());
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The wasmtime engine: what code may do, how many instances fit, and the
+//! clock that stops a spinning guest.
+
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use wasmtime::{
+    Config, Enabled, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig, Result,
+};
+
+/// Time between two ticks of the epoch. A guest that computes yields at each
+/// tick, so this is the time slice that requests on one core share. Shorter
+/// slices cost more switches than they gain in latency.
+pub const EPOCH_TICK: Duration = Duration::from_millis(5);
+
+/// Stack for WebAssembly frames. CPython's own guard raises `RecursionError`
+/// before the stack ends from 24 MiB on; with less, deep recursion in C code
+/// (`repr`, `json`) traps. Reserved, not resident.
+const WASM_STACK: usize = 24 << 20;
+/// The fiber's stack holds the frames above and those of host functions.
+const FIBER_STACK: usize = WASM_STACK + (2 << 20);
+
+/// Bytes a single call between guest and host may carry in lists and strings.
+/// A guard against a guest that passes a huge list: wasmtime copies it into
+/// host memory before we see it. Bodies travel in smaller chunks.
+pub const HOSTCALL_FUEL: usize = 32 << 20;
+
+/// Handles to host resources (files, streams, pollables) that one instance may
+/// hold at a time.
+pub const MAX_RESOURCES: usize = 1024;
+
+/// Elements of one table. CPython's function table has about 11,000.
+const TABLE_ELEMENTS: usize = 40_000;
+
+/// How many instances the engine makes room for, and how large they may grow.
+#[derive(Clone, Copy, Debug)]
+pub struct Capacity {
+    /// Instances that can exist at a time.
+    pub instances: u32,
+    /// Linear memory of one instance in bytes.
+    pub memory: u64,
+}
+
+/// The settings that machine code depends on. The process that compiles and
+/// the one that runs must agree on them; `Engine::precompile_compatibility_hash`
+/// covers them and names the cache entry.
+fn code_config() -> Config {
+    let mut config = Config::new();
+    config.wasm_component_model(true);
+    config.epoch_interruption(true);
+    config.cranelift_opt_level(OptLevel::Speed);
+    config.max_wasm_stack(WASM_STACK);
+    config.async_stack_size(FIBER_STACK);
+    // Off, since no guest of ours needs them: each is code that an attacker
+    // could reach. 64-bit memories had RUSTSEC-2026-0096.
+    config.wasm_memory64(false);
+    config.wasm_relaxed_simd(false);
+    config.wasm_tail_call(false);
+    config.wasm_custom_page_sizes(false);
+    config.wasm_wide_arithmetic(false);
+    config
+}
+
+/// An engine that compiles, for `wsgi-wasm compile`.
+///
+/// # Errors
+///
+/// If the machine can not run wasmtime.
+pub fn compiler() -> Result<Engine> {
+    Engine::new(&code_config())
+}
+
+/// An engine that runs instances from a pool of preallocated slots.
+///
+/// # Errors
+///
+/// If the machine can not reserve the address space.
+pub fn runner(capacity: Capacity) -> Result<Engine> {
+    let mut pool = PoolingAllocationConfig::new();
+    let instances = capacity.instances;
+    // One component from componentize-py is 14 core modules with one memory
+    // and one large table; the rest is room for other tools' output.
+    pool.total_component_instances(instances)
+        .total_core_instances(instances.saturating_mul(24))
+        .total_memories(instances.saturating_mul(2))
+        .total_tables(instances.saturating_mul(8))
+        .total_stacks(instances)
+        .max_core_instances_per_component(64)
+        .max_memories_per_component(2)
+        .max_memories_per_module(2)
+        .max_tables_per_component(24)
+        .max_tables_per_module(8)
+        .max_component_instance_size(8 << 20)
+        .max_core_instance_size(4 << 20)
+        .table_elements(TABLE_ELEMENTS)
+        .max_memory_size(usize::try_from(capacity.memory).unwrap_or(usize::MAX))
+        // A slot that is used again is reset by copying back the pages that
+        // the last guest changed, found by the kernel's PAGEMAP_SCAN where it
+        // has that (Linux 6.7), instead of dropping and faulting in every page.
+        .pagemap_scan(Enabled::Auto)
+        .linear_memory_keep_resident(32 << 20)
+        .table_keep_resident(1 << 20)
+        .async_stack_keep_resident(64 << 10);
+    let mut config = code_config();
+    config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
+    Engine::new(&config)
+}
+
+/// The thread that advances the epoch, one per engine. A timer for each
+/// request instead costs a hundred times more (wasmtime issue 11814).
+pub struct EpochTicker {
+    stop: Option<mpsc::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl EpochTicker {
+    /// Starts the thread. It ends when the ticker is dropped or no one else
+    /// holds the engine.
+    ///
+    /// # Errors
+    ///
+    /// If the thread can not be started.
+    pub fn start(engine: &Engine) -> std::io::Result<EpochTicker> {
+        let engine = engine.weak();
+        let (stop, stopped) = mpsc::channel();
+        let thread = std::thread::Builder::new().name("epoch".into()).spawn(move || {
+            while stopped.recv_timeout(EPOCH_TICK) == Err(mpsc::RecvTimeoutError::Timeout) {
+                match engine.upgrade() {
+                    Some(engine) => engine.increment_epoch(),
+                    None => return,
+                }
+            }
+        })?;
+        Ok(EpochTicker { stop: Some(stop), thread: Some(thread) })
+    }
+}
+
+impl Drop for EpochTicker {
+    fn drop(&mut self) {
+        self.stop = None;
+        if let Some(thread) = self.thread.take() {
+            // It can not have panicked, and there is nothing to do if it had.
+            let _ = thread.join();
+        }
+    }
+}

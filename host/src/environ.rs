@@ -1,0 +1,236 @@
+//! From an HTTP request to the CGI variables of PEP 3333, as one block in the
+//! header encoding of SCGI: name, NUL, value, NUL.
+
+use std::net::SocketAddr;
+
+use http::header::{self, HeaderName};
+use http::request::Parts;
+
+use crate::failure::Failure;
+
+/// Where a connection came in and who is on its other end.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    /// `SERVER_NAME`: the address of our end.
+    pub server_name: String,
+    /// `SERVER_PORT`.
+    pub server_port: String,
+    /// The client's address; none on a unix socket.
+    pub peer: Option<SocketAddr>,
+}
+
+/// The environ block for a request.
+///
+/// # Errors
+///
+/// [`Failure::BadRequest`] if the path holds an encoded NUL. The block could
+/// not carry it, and C code below an app would see a shorter path than the
+/// checks before it.
+pub fn environ(parts: &Parts, connection: &Connection) -> Result<Vec<u8>, Failure> {
+    let mut block = Block(Vec::with_capacity(1024));
+    block.add("REQUEST_METHOD", parts.method.as_str().as_bytes());
+    block.add("SCRIPT_NAME", b"");
+    let path = parts.uri.path();
+    // `OPTIONS *` has no path at all (RFC 9112 section 3.2.4).
+    let path = if path == "*" { "" } else { path };
+    block.add_percent_decoded("PATH_INFO", path)?;
+    block.add("QUERY_STRING", parts.uri.query().unwrap_or_default().as_bytes());
+    let target = parts.uri.path_and_query().map_or("*", |target| target.as_str());
+    block.add("REQUEST_URI", target.as_bytes());
+    block.add("RAW_URI", target.as_bytes());
+    block.add("SERVER_NAME", connection.server_name.as_bytes());
+    block.add("SERVER_PORT", connection.server_port.as_bytes());
+    block.add("SERVER_PROTOCOL", protocol(parts.version));
+    block.add("SERVER_SOFTWARE", concat!("wsgi-wasm/", env!("CARGO_PKG_VERSION")).as_bytes());
+    block.add("GATEWAY_INTERFACE", b"CGI/1.1");
+    block.add("wsgi.url_scheme", b"http");
+    if let Some(peer) = connection.peer {
+        block.add("REMOTE_ADDR", peer.ip().to_canonical().to_string().as_bytes());
+        block.add("REMOTE_PORT", peer.port().to_string().as_bytes());
+    }
+    // An absolute-form target carries the host, which then counts instead of
+    // the header (RFC 9112 section 3.2.2).
+    let authority = parts.uri.authority().map(|authority| authority.as_str());
+    if let Some(authority) = authority {
+        block.add("HTTP_HOST", authority.as_bytes());
+    }
+    for name in parts.headers.keys() {
+        if name == header::HOST && authority.is_some() {
+            continue;
+        }
+        block.add_header(name, &parts.headers);
+    }
+    Ok(block.0)
+}
+
+/// `SERVER_PROTOCOL`, as the client sent it.
+fn protocol(version: http::Version) -> &'static [u8] {
+    match version {
+        http::Version::HTTP_10 => b"HTTP/1.0",
+        http::Version::HTTP_2 => b"HTTP/2.0",
+        _ => b"HTTP/1.1",
+    }
+}
+
+/// An environ block under construction.
+struct Block(Vec<u8>);
+
+impl Block {
+    /// Adds a variable whose value is known to hold no NUL.
+    fn add(&mut self, name: &str, value: &[u8]) {
+        debug_assert!(!value.contains(&0));
+        self.0.extend_from_slice(name.as_bytes());
+        self.0.push(0);
+        self.0.extend_from_slice(value);
+        self.0.push(0);
+    }
+
+    /// Adds a variable with its `%XX` decoded to bytes. A `%` without two
+    /// hexadecimal digits stays as it is, as every WSGI server has it.
+    fn add_percent_decoded(&mut self, name: &str, value: &str) -> Result<(), Failure> {
+        self.0.extend_from_slice(name.as_bytes());
+        self.0.push(0);
+        let mut rest = value.as_bytes();
+        while let [first, tail @ ..] = rest {
+            rest = tail;
+            let decoded = match (first, tail) {
+                (b'%', [high, low, after @ ..]) => match (hex(*high), hex(*low)) {
+                    (Some(high), Some(low)) => {
+                        rest = after;
+                        high << 4 | low
+                    }
+                    _ => b'%',
+                },
+                (byte, _) => *byte,
+            };
+            if decoded == 0 {
+                return Err(Failure::BadRequest("the path holds an encoded NUL"));
+            }
+            self.0.push(decoded);
+        }
+        self.0.push(0);
+        Ok(())
+    }
+
+    /// Adds all values of a header, joined as RFC 9110 section 5.3 allows.
+    fn add_header(&mut self, name: &HeaderName, headers: &http::HeaderMap) {
+        let text = name.as_str();
+        // `X_Forwarded_For` would become the same variable as
+        // `X-Forwarded-For`, and a proxy in front filters only the latter.
+        // `Proxy` would become HTTP_PROXY, which HTTP clients obey (httpoxy).
+        if text.contains('_') || text == "proxy" {
+            return;
+        }
+        let plain = matches!(*name, header::CONTENT_TYPE | header::CONTENT_LENGTH);
+        if !plain {
+            self.0.extend_from_slice(b"HTTP_");
+        }
+        self.0.extend(text.bytes().map(|byte| match byte {
+            b'-' => b'_',
+            byte => byte.to_ascii_uppercase(),
+        }));
+        self.0.push(0);
+        let separator: &[u8] = if *name == header::COOKIE { b"; " } else { b"," };
+        for (index, value) in headers.get_all(name).iter().enumerate() {
+            // These have one value; a second one is the client's mistake, and
+            // `Content-Length` with two different ones never gets here.
+            if index > 0 && plain {
+                break;
+            }
+            if index > 0 {
+                self.0.extend_from_slice(separator);
+            }
+            self.0.extend_from_slice(value.as_bytes());
+        }
+        self.0.push(0);
+    }
+}
+
+/// The value of a hexadecimal digit.
+fn hex(digit: u8) -> Option<u8> {
+    char::from(digit).to_digit(16).and_then(|value| u8::try_from(value).ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(request: http::request::Builder) -> Result<Vec<(String, Vec<u8>)>, Failure> {
+        let (parts, ()) = request.body(()).unwrap().into_parts();
+        let connection = Connection {
+            server_name: "127.0.0.1".into(),
+            server_port: "8000".into(),
+            peer: Some("[::ffff:10.0.0.1]:5000".parse().unwrap()),
+        };
+        let block = environ(&parts, &connection)?;
+        let parts: Vec<_> = block.split(|byte| *byte == 0).collect();
+        assert!(parts.last().unwrap().is_empty());
+        Ok(parts[..parts.len() - 1]
+            .chunks(2)
+            .map(|pair| (String::from_utf8(pair[0].to_vec()).unwrap(), pair[1].to_vec()))
+            .collect())
+    }
+
+    fn get(pairs: &[(String, Vec<u8>)], name: &str) -> Option<String> {
+        let mut found = pairs.iter().filter(|(key, _)| key == name);
+        let value = found.next().map(|(_, value)| value.iter().map(|byte| char::from(*byte)).collect());
+        assert!(found.next().is_none(), "{name} twice");
+        value
+    }
+
+    #[test]
+    fn the_path_is_decoded_and_the_query_is_not() {
+        let pairs = of(http::Request::get("/a%20b/%C3%A9%2Fc%zz%4?x=%20y&z")).unwrap();
+        assert_eq!(get(&pairs, "PATH_INFO").unwrap(), "/a b/\u{c3}\u{a9}/c%zz%4");
+        assert_eq!(get(&pairs, "QUERY_STRING").unwrap(), "x=%20y&z");
+        assert_eq!(get(&pairs, "REQUEST_URI").unwrap(), "/a%20b/%C3%A9%2Fc%zz%4?x=%20y&z");
+        assert_eq!(get(&pairs, "SCRIPT_NAME").unwrap(), "");
+        assert_eq!(get(&pairs, "REMOTE_ADDR").unwrap(), "10.0.0.1");
+    }
+
+    #[test]
+    fn an_encoded_nul_is_refused() {
+        assert_eq!(of(http::Request::get("/a%00SERVER_NAME%00evil")).unwrap_err().status(), 400);
+    }
+
+    #[test]
+    fn headers_become_variables() {
+        let pairs = of(http::Request::post("/")
+            .header("Host", "example.org")
+            .header("Content-Type", "text/plain")
+            .header("Content-Length", "3")
+            .header("X-One", "a")
+            .header("X-One", "b")
+            .header("Cookie", "a=1")
+            .header("Cookie", "b=2")
+            .header("X-Latin", http::HeaderValue::from_bytes(b"caf\xe9").unwrap()))
+        .unwrap();
+        assert_eq!(get(&pairs, "CONTENT_TYPE").unwrap(), "text/plain");
+        assert_eq!(get(&pairs, "CONTENT_LENGTH").unwrap(), "3");
+        assert_eq!(get(&pairs, "HTTP_CONTENT_TYPE"), None);
+        assert_eq!(get(&pairs, "HTTP_X_ONE").unwrap(), "a,b");
+        assert_eq!(get(&pairs, "HTTP_COOKIE").unwrap(), "a=1; b=2");
+        assert_eq!(get(&pairs, "HTTP_X_LATIN").unwrap(), "caf\u{e9}");
+        assert_eq!(get(&pairs, "HTTP_HOST").unwrap(), "example.org");
+    }
+
+    #[test]
+    fn no_header_can_pose_as_another_or_as_a_proxy_setting() {
+        let pairs = of(http::Request::get("/")
+            .header("X_Forwarded_For", "6.6.6.6")
+            .header("Proxy", "http://evil")
+            .header("Content_Length", "9"))
+        .unwrap();
+        for name in ["HTTP_X_FORWARDED_FOR", "HTTP_PROXY", "CONTENT_LENGTH", "HTTP_CONTENT_LENGTH"] {
+            assert_eq!(get(&pairs, name), None, "{name}");
+        }
+    }
+
+    #[test]
+    fn the_absolute_form_sets_the_host() {
+        let pairs = of(http::Request::get("http://real.example/x").header("Host", "other.example")).unwrap();
+        assert_eq!(get(&pairs, "HTTP_HOST").unwrap(), "real.example");
+        assert_eq!(get(&pairs, "PATH_INFO").unwrap(), "/x");
+        assert_eq!(get(&pairs, "REQUEST_URI").unwrap(), "/x");
+    }
+}

@@ -1,0 +1,453 @@
+//! The two streams of one request: the client's body on its way to the guest,
+//! and the guest's response on its way to the client.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{self, HeaderName, HeaderValue};
+use http::{HeaderMap, Method, StatusCode};
+use http_body::Body as _;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use tokio::sync::mpsc;
+
+use crate::failure::Failure;
+
+/// A head larger than this is refused; common clients stop at 64 KiB or less.
+const MAX_HEAD: usize = 128 << 10;
+/// So is one with more fields than this.
+const MAX_FIELDS: usize = 500;
+
+/// The head of a response.
+#[derive(Debug)]
+pub struct Head {
+    /// The status code.
+    pub status: StatusCode,
+    /// The reason phrase, if it is not the usual one.
+    pub reason: Option<hyper::ext::ReasonPhrase>,
+    /// The header fields, checked.
+    pub headers: HeaderMap,
+}
+
+/// What a guest sends of a streamed response.
+#[derive(Debug)]
+pub enum Event {
+    /// Status and headers; comes first.
+    Head(Head),
+    /// Bytes of the body, not empty.
+    Chunk(Bytes),
+    /// The body is complete.
+    End,
+}
+
+/// A request body, from whatever the connection delivers.
+#[derive(Debug)]
+pub struct RequestBody {
+    incoming: Option<Incoming>,
+    /// What came with the last frame and was not asked for yet.
+    buffered: Bytes,
+    /// How many bytes the app's limit still allows.
+    allowed: u64,
+    /// How long the client may send nothing.
+    idle: Duration,
+    /// Why reading ended early, if it did.
+    failure: Option<Failure>,
+}
+
+impl RequestBody {
+    /// Wraps `incoming`.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::BodyTooLarge`] if its announced length exceeds `limit` bytes.
+    pub fn new(incoming: Incoming, limit: u64, idle: Duration) -> Result<RequestBody, Failure> {
+        if incoming.size_hint().lower() > limit {
+            return Err(Failure::BodyTooLarge);
+        }
+        Ok(RequestBody {
+            incoming: (!incoming.is_end_stream()).then_some(incoming),
+            buffered: Bytes::new(),
+            allowed: limit,
+            idle,
+            failure: None,
+        })
+    }
+
+    /// The body's length if the client announced it.
+    pub fn announced(&self) -> Option<u64> {
+        self.incoming.as_ref().map_or(Some(0), |incoming| incoming.size_hint().exact())
+    }
+
+    /// The next bytes, at most `max`; empty at the end of the body.
+    ///
+    /// # Errors
+    ///
+    /// If the client is gone or silent, or the body exceeds its limit. Every
+    /// later call fails in the same way.
+    pub async fn read(&mut self, max: usize) -> Result<Bytes, Failure> {
+        if let Some(failure) = self.failure {
+            return Err(failure);
+        }
+        while self.buffered.is_empty() {
+            let Some(incoming) = &mut self.incoming else {
+                return Ok(Bytes::new());
+            };
+            let frame = match tokio::time::timeout(self.idle, incoming.frame()).await {
+                Err(_) => return Err(self.fail(Failure::BodyTimeout)),
+                Ok(None) => {
+                    self.incoming = None;
+                    return Ok(Bytes::new());
+                }
+                Ok(Some(Err(_))) => return Err(self.fail(Failure::ClientGone)),
+                Ok(Some(Ok(frame))) => frame,
+            };
+            // Trailers are dropped: CGI has no place for them.
+            let Ok(data) = frame.into_data() else { continue };
+            match self.allowed.checked_sub(data.len() as u64) {
+                Some(allowed) => self.allowed = allowed,
+                None => return Err(self.fail(Failure::BodyTooLarge)),
+            }
+            self.buffered = data;
+        }
+        Ok(self.buffered.split_to(self.buffered.len().min(max)))
+    }
+
+    /// The whole body, for one that is known to be small.
+    ///
+    /// # Errors
+    ///
+    /// As for [`RequestBody::read`].
+    pub async fn read_to_end(&mut self) -> Result<Bytes, Failure> {
+        let first = self.read(usize::MAX).await?;
+        let second = self.read(usize::MAX).await?;
+        if second.is_empty() {
+            return Ok(first);
+        }
+        let mut whole = Vec::from(first);
+        whole.extend_from_slice(&second);
+        loop {
+            let more = self.read(usize::MAX).await?;
+            if more.is_empty() {
+                return Ok(whole.into());
+            }
+            whole.extend_from_slice(&more);
+        }
+    }
+
+    /// Why reading ended early, if it did.
+    pub fn failure(&self) -> Option<Failure> {
+        self.failure
+    }
+
+    fn fail(&mut self, failure: Failure) -> Failure {
+        self.incoming = None;
+        self.buffered = Bytes::new();
+        self.failure = Some(failure);
+        failure
+    }
+}
+
+/// Where a guest stands with its response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    /// Nothing was sent.
+    Waiting,
+    /// The head is out.
+    Started,
+    /// The body is complete.
+    Finished,
+    /// The guest broke a rule.
+    Broken(&'static str),
+}
+
+/// Both streams of the request that a guest works on.
+#[derive(Debug)]
+pub struct Exchange {
+    /// The client's body.
+    pub body: RequestBody,
+    events: mpsc::Sender<Event>,
+    phase: Phase,
+    /// How long the client may take no byte.
+    idle: Duration,
+}
+
+/// Why the host takes no more of a response.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SendError {
+    /// The client is gone or too slow.
+    ClientGone,
+    /// The guest broke this rule.
+    Refused(&'static str),
+}
+
+impl Exchange {
+    /// Pairs `body` with the channel on which the response goes out.
+    pub fn new(body: RequestBody, events: mpsc::Sender<Event>, idle: Duration) -> Exchange {
+        Exchange { body, events, phase: Phase::Waiting, idle }
+    }
+
+    /// The guest sends its head, as a CGI response head.
+    ///
+    /// # Errors
+    ///
+    /// If the head breaks a rule or one was sent before, or the client is gone.
+    pub async fn start(&mut self, head: &[u8]) -> Result<(), SendError> {
+        if self.phase != Phase::Waiting {
+            return Err(self.refuse("the head of a response was sent twice"));
+        }
+        match parse_head(head) {
+            Ok((head, [])) => {
+                self.phase = Phase::Started;
+                self.send(Event::Head(head)).await
+            }
+            Ok(_) => Err(self.refuse("bytes follow the head of a response")),
+            Err(rule) => Err(self.refuse(rule)),
+        }
+    }
+
+    /// The guest sends a piece of the body. Waits while the client is slow.
+    ///
+    /// # Errors
+    ///
+    /// If no head came before, or the client is gone or too slow.
+    pub async fn write(&mut self, chunk: Vec<u8>) -> Result<(), SendError> {
+        if self.phase != Phase::Started {
+            return Err(self.refuse("a body was sent without a head before it"));
+        }
+        if chunk.is_empty() {
+            return Ok(());
+        }
+        self.send(Event::Chunk(chunk.into())).await
+    }
+
+    /// The guest says that its body is complete.
+    ///
+    /// # Errors
+    ///
+    /// If no head came before, or the client is gone or too slow.
+    pub async fn finish(&mut self) -> Result<(), SendError> {
+        if self.phase != Phase::Started {
+            return Err(self.refuse("a body was finished without a head before it"));
+        }
+        self.phase = Phase::Finished;
+        self.send(Event::End).await
+    }
+
+    /// What the request came to when the guest has returned an empty list.
+    ///
+    /// # Errors
+    ///
+    /// If the response was not sent whole.
+    pub fn conclude(self) -> Result<(), Failure> {
+        match self.phase {
+            Phase::Finished => Ok(()),
+            Phase::Broken(rule) => Err(Failure::BadResponse(rule)),
+            Phase::Waiting | Phase::Started => Err(self.body.failure().unwrap_or(Failure::App)),
+        }
+    }
+
+    /// Whether a byte of a streamed response went out.
+    pub fn has_started(&self) -> bool {
+        matches!(self.phase, Phase::Started | Phase::Finished)
+    }
+
+    async fn send(&mut self, event: Event) -> Result<(), SendError> {
+        match self.events.try_send(event) {
+            Ok(()) => Ok(()),
+            Err(mpsc::error::TrySendError::Closed(_)) => Err(SendError::ClientGone),
+            Err(mpsc::error::TrySendError::Full(event)) => {
+                match self.events.send_timeout(event, self.idle).await {
+                    Ok(()) => Ok(()),
+                    Err(_) => Err(SendError::ClientGone),
+                }
+            }
+        }
+    }
+
+    fn refuse(&mut self, rule: &'static str) -> SendError {
+        self.phase = Phase::Broken(rule);
+        SendError::Refused(rule)
+    }
+}
+
+/// Takes a CGI response apart: the checked head, and the body behind it.
+///
+/// The adapter has checked all this by the rules of PEP 3333, with better
+/// messages. It is checked again because the guest may not be our adapter.
+///
+/// # Errors
+///
+/// The rule that the head breaks.
+pub fn parse_head(response: &[u8]) -> Result<(Head, &[u8]), &'static str> {
+    let mut rest = response;
+    let mut line = || -> Result<&[u8], &'static str> {
+        let end = rest
+            .windows(2)
+            .position(|pair| pair == b"\r\n")
+            .filter(|end| response.len() - rest.len() + end <= MAX_HEAD)
+            .ok_or("the head is too long or has no end")?;
+        let line = &rest[..end];
+        rest = &rest[end + 2..];
+        Ok(line)
+    };
+    let status = line()?.strip_prefix(b"Status: ").ok_or("the first line is not `Status: NNN reason`")?;
+    let (code, reason) = match status {
+        [a, b, c, b' ', reason @ ..] => ([*a, *b, *c], reason),
+        [a, b, c] => ([*a, *b, *c], &[][..]),
+        _ => return Err("the status is not three digits and a reason"),
+    };
+    let status = StatusCode::from_bytes(&code).map_err(|_| "the status code is not valid")?;
+    if !(200..600).contains(&status.as_u16()) {
+        // 1xx is no final response (RFC 9110 section 15.2), and 600 and above
+        // are not defined.
+        return Err("the status code is not between 200 and 599");
+    }
+    let reason = match status.canonical_reason() {
+        Some(usual) if usual.as_bytes() == reason => None,
+        _ => Some(
+            hyper::ext::ReasonPhrase::try_from(reason)
+                .map_err(|_| "the reason phrase holds control characters")?,
+        ),
+    };
+    let mut headers = HeaderMap::with_capacity(8);
+    loop {
+        let field = line()?;
+        if field.is_empty() {
+            break;
+        }
+        let colon = field.iter().position(|byte| *byte == b':').ok_or("a header line has no colon")?;
+        let name = HeaderName::from_bytes(&field[..colon]).map_err(|_| "a header name is not a token")?;
+        if is_hop_by_hop(&name) {
+            return Err("a hop-by-hop header is the server's to send (PEP 3333)");
+        }
+        let value = HeaderValue::from_bytes(field[colon + 1..].trim_ascii())
+            .map_err(|_| "a header value holds control characters")?;
+        if name == header::CONTENT_LENGTH && (headers.contains_key(&name) || !is_number(value.as_bytes())) {
+            return Err("Content-Length is not one number");
+        }
+        if headers.len() == MAX_FIELDS {
+            return Err("the response has too many headers");
+        }
+        headers.append(name, value);
+    }
+    if status == StatusCode::NO_CONTENT {
+        // RFC 9110 section 8.6.
+        headers.remove(header::CONTENT_LENGTH);
+    }
+    Ok((Head { status, reason, headers }, rest))
+}
+
+/// The body that may follow `head`, out of what the guest sent as one.
+///
+/// # Errors
+///
+/// If its length is not the one that the head announces.
+pub fn check_body(head: &Head, method: &Method, body: Bytes) -> Result<Bytes, &'static str> {
+    if *method == Method::HEAD || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+        return Ok(Bytes::new());
+    }
+    let announced =
+        head.headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<usize>().ok());
+    match announced {
+        Some(length) if length != body.len() => Err("the body is not as long as Content-Length says"),
+        _ => Ok(body),
+    }
+}
+
+/// The headers of a connection rather than of a response (RFC 9110 section
+/// 7.6.1, and those of RFC 2616 section 13.5.1 to which PEP 3333 refers).
+fn is_hop_by_hop(name: &HeaderName) -> bool {
+    matches!(
+        name.as_str(),
+        "connection"
+            | "keep-alive"
+            | "proxy-authenticate"
+            | "proxy-authorization"
+            | "proxy-connection"
+            | "te"
+            | "trailer"
+            | "trailers"
+            | "transfer-encoding"
+            | "upgrade"
+    )
+}
+
+fn is_number(value: &[u8]) -> bool {
+    !value.is_empty() && value.len() <= 19 && value.iter().all(u8::is_ascii_digit)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_head_is_taken_apart() {
+        let (head, body) = parse_head(
+            b"Status: 200 OK\r\nContent-Type: text/plain\r\nSet-Cookie: a=1\r\nSet-Cookie: b=2\r\nX-L: caf\xe9\r\n\r\n\r\nbody",
+        )
+        .unwrap();
+        assert_eq!(head.status, 200);
+        assert!(head.reason.is_none());
+        assert_eq!(head.headers.get_all("set-cookie").iter().count(), 2);
+        assert_eq!(head.headers["x-l"].as_bytes(), b"caf\xe9");
+        assert_eq!(body, b"\r\nbody");
+    }
+
+    #[test]
+    fn an_unusual_reason_is_kept() {
+        let (head, _) = parse_head(b"Status: 404 Nothing Here\r\n\r\n").unwrap();
+        assert_eq!(head.reason.unwrap().as_bytes(), b"Nothing Here");
+    }
+
+    #[test]
+    fn a_hostile_head_is_refused() {
+        for head in [
+            &b""[..],
+            b"\r\n\r\n",
+            b"Status: 200 OK",
+            b"Status: 200 OK\r\n",
+            b"Status: 200 OK\r\nX: y\r\n",
+            b"HTTP/1.1 200 OK\r\n\r\n",
+            b"Status: 2000 OK\r\n\r\n",
+            b"Status: abc\r\n\r\n",
+            b"Status: 100 Continue\r\n\r\n",
+            b"Status: 101 Switching\r\n\r\n",
+            b"Status: 999 No\r\n\r\n",
+            b"Status: 200 O\0K\r\n\r\n",
+            b"Status: 200 O\nK\r\n\r\n",
+            b"Status: 200 OK\r\nno colon\r\n\r\n",
+            b"Status: 200 OK\r\nBad Name: x\r\n\r\n",
+            b"Status: 200 OK\r\n: x\r\n\r\n",
+            b"Status: 200 OK\r\nX: a\nY: b\r\n\r\n",
+            b"Status: 200 OK\r\nX: a\rY: b\r\n\r\n",
+            b"Status: 200 OK\r\nX: a\0b\r\n\r\n",
+            b"Status: 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n",
+            b"Status: 200 OK\r\nConnection: close\r\n\r\n",
+            b"Status: 200 OK\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\n",
+            b"Status: 200 OK\r\nContent-Length: +1\r\n\r\n",
+            b"Status: 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n",
+        ] {
+            assert!(parse_head(head).is_err(), "{:?}", String::from_utf8_lossy(head));
+        }
+        let long = [b"Status: 200 OK\r\nX: ".to_vec(), vec![b'a'; MAX_HEAD], b"\r\n\r\n".to_vec()].concat();
+        assert!(parse_head(&long).is_err());
+        let many =
+            [b"Status: 200 OK\r\n".to_vec(), b"X: y\r\n".repeat(MAX_FIELDS + 1), b"\r\n".to_vec()].concat();
+        assert!(parse_head(&many).is_err());
+    }
+
+    #[test]
+    fn a_body_fits_its_head() {
+        let body = |head: &[u8], method: Method| {
+            let (head, body) = parse_head(head).unwrap();
+            check_body(&head, &method, Bytes::copy_from_slice(body))
+        };
+        assert_eq!(body(b"Status: 200 OK\r\n\r\nhi", Method::GET).unwrap(), "hi");
+        assert_eq!(body(b"Status: 200 OK\r\nContent-Length: 2\r\n\r\nhi", Method::GET).unwrap(), "hi");
+        assert!(body(b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nhi", Method::GET).is_err());
+        assert_eq!(body(b"Status: 200 OK\r\nContent-Length: 3\r\n\r\n", Method::HEAD).unwrap(), "");
+        assert_eq!(body(b"Status: 304 Not Modified\r\n\r\nhi", Method::GET).unwrap(), "");
+        let (head, _) = parse_head(b"Status: 204 No Content\r\nContent-Length: 0\r\n\r\n").unwrap();
+        assert!(head.headers.is_empty());
+    }
+}

@@ -1,0 +1,44 @@
+//! The `exec` command: one command inside an app's sandbox.
+
+use anyhow::{Context as _, Result};
+
+use crate::app::{self, LoadedApp};
+use crate::cli::ExecArgs;
+use crate::deadline::Elapsed;
+use crate::engine::{self, Capacity, EpochTicker};
+use crate::error::UserError;
+use crate::instance::{Instance, Streams};
+
+/// Runs the command and returns its exit status.
+///
+/// # Errors
+///
+/// A [`UserError`] if the app or an option is not usable, or the time ran out.
+pub fn run(args: &ExecArgs) -> Result<u8> {
+    let capacity = Capacity { instances: 1, memory: args.grants.memory.0 };
+    let engine = engine::runner(capacity)
+        .map_err(anyhow::Error::from)
+        .context("failed to reserve memory for the instance")?;
+    let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
+    let LoadedApp { program, grants } = app::load(&engine, &args.app, &args.project, &args.grants)?;
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?;
+    runtime.block_on(async {
+        let mut instance = Instance::new(&program, &grants, Streams::Inherit)
+            .await
+            .map_err(|error| app::refuse_start(&grants.name, args.grants.memory, error))?;
+        match instance.run_command(&args.command, args.timeout.map(|time| time.0)).await {
+            Ok(status) => Ok(status),
+            Err(error) if error.is::<Elapsed>() => {
+                let limit = args.timeout.map(|time| time.to_string()).unwrap_or_default();
+                Err(UserError::new(format!("the command was stopped after {limit}"))
+                    .remedy("raise `--timeout` or leave it out")
+                    .into())
+            }
+            Err(error) => Err(anyhow::Error::from(error).context("the guest trapped")),
+        }
+    })
+}

@@ -1,0 +1,69 @@
+//! Why a request failed, and the one place that decides what the client sees.
+
+use std::fmt;
+
+use http::StatusCode;
+
+/// The cause of a failed request. Nothing of a guest's text is in what a
+/// client gets: tracebacks and paths go to the log, under the request's id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// The request breaks a rule that an app could not handle: the reason.
+    BadRequest(&'static str),
+    /// The request body is larger than the app's limit.
+    BodyTooLarge,
+    /// The client sent no byte of its body for too long.
+    BodyTimeout,
+    /// All instances are busy and the queue is full, or the wait was too long.
+    Overloaded,
+    /// No instance could be started.
+    CannotStart,
+    /// The app raised, or returned without a response. It has logged why.
+    App,
+    /// The response breaks a rule of HTTP or of the WIT contract: the rule.
+    BadResponse(&'static str),
+    /// The app did not answer, or not go on, within its time limit.
+    Timeout,
+    /// The guest trapped.
+    Trap,
+    /// The client left before the response was complete.
+    ClientGone,
+}
+
+impl Failure {
+    /// The status line for the client, if the head is not out yet.
+    pub fn status(self) -> StatusCode {
+        match self {
+            Failure::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Failure::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+            Failure::BodyTimeout | Failure::ClientGone => StatusCode::REQUEST_TIMEOUT,
+            Failure::Overloaded | Failure::CannotStart => StatusCode::SERVICE_UNAVAILABLE,
+            Failure::App | Failure::BadResponse(_) | Failure::Trap => StatusCode::INTERNAL_SERVER_ERROR,
+            Failure::Timeout => StatusCode::GATEWAY_TIMEOUT,
+        }
+    }
+
+    /// Whether the operator or the app's developer should hear of it.
+    pub fn is_servers_fault(self) -> bool {
+        self.status().is_server_error()
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Failure::BadRequest(reason) => write!(f, "bad request: {reason}"),
+            Failure::BodyTooLarge => f.write_str("the request body is larger than the limit"),
+            Failure::BodyTimeout => f.write_str("the client sent no byte of its body for too long"),
+            Failure::Overloaded => f.write_str("all instances are busy"),
+            Failure::CannotStart => f.write_str("no instance could be started"),
+            Failure::App => f.write_str("the app failed"),
+            Failure::BadResponse(rule) => write!(f, "the app's response is not valid: {rule}"),
+            Failure::Timeout => f.write_str("the app did not answer in time"),
+            Failure::Trap => f.write_str("the guest trapped"),
+            Failure::ClientGone => f.write_str("the client closed the connection"),
+        }
+    }
+}
+
+impl std::error::Error for Failure {}

@@ -1,0 +1,294 @@
+//! The path of a request: read this file first.
+//!
+//! [`handle`] is the whole way from a request's head to a response. The guest
+//! runs inside the connection's own task: first polled by [`handle`] until the
+//! head of the response is there, then by hyper through the body. A guest is
+//! therefore not run while its client is too slow to take more.
+
+use std::convert::Infallible;
+use std::future::poll_fn;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::header::{self, HeaderValue};
+use http::{Method, Request, Response};
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+use tokio::sync::mpsc;
+
+use crate::environ::{self, Connection};
+use crate::exchange::{Event, Exchange, Head, RequestBody};
+use crate::failure::Failure;
+use crate::instance::Reply;
+use crate::pool::{Lease, Pool};
+use crate::request_id::RequestId;
+
+/// A request body up to this size is read before an instance is taken, and
+/// goes to the guest with the call: a slow client holds no instance.
+const INLINE_BODY: u64 = 64 << 10;
+
+/// Limits for one request.
+#[derive(Clone, Debug)]
+pub struct RequestLimits {
+    /// Bytes of a request body.
+    pub body: u64,
+    /// Time that the guest may take until the head of its response, and again
+    /// for each piece of the body.
+    pub timeout: Duration,
+    /// Time that a client may send or take no byte of a body.
+    pub client_idle: Duration,
+}
+
+/// One app as the handler sees it.
+pub struct App {
+    /// Its instances.
+    pub pool: Arc<Pool>,
+    /// Limits for its requests.
+    pub limits: RequestLimits,
+}
+
+/// Answers `request`. Never fails: a failure becomes a response here.
+///
+/// # Errors
+///
+/// None; the type is what hyper asks for.
+pub async fn handle(
+    app: Arc<App>,
+    connection: Arc<Connection>,
+    request: Request<Incoming>,
+) -> Result<Response<ResponseBody>, Infallible> {
+    let id = RequestId::next();
+    let (parts, incoming) = request.into_parts();
+    let outcome = respond(&app, &connection, id, &parts, incoming).await;
+    Ok(outcome.unwrap_or_else(|failure| {
+        log(&app, id, &parts.method, failure);
+        refusal(failure, id)
+    }))
+}
+
+/// The column of steps.
+async fn respond(
+    app: &Arc<App>,
+    connection: &Connection,
+    id: RequestId,
+    parts: &http::request::Parts,
+    incoming: Incoming,
+) -> Result<Response<ResponseBody>, Failure> {
+    let environ = environ::environ(parts, connection)?;
+    let mut body = RequestBody::new(incoming, app.limits.body, app.limits.client_idle)?;
+    let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
+    // Reading answers `Expect: 100-continue`, which is the app's to decide.
+    let inline = if is_small && !parts.headers.contains_key(header::EXPECT) {
+        body.read_to_end().await?
+    } else {
+        Bytes::new()
+    };
+    let lease = app.pool.lease().await?;
+    let (sender, events) = mpsc::channel(1);
+    let exchange = Exchange::new(body, sender, app.limits.client_idle);
+    let call = call(lease, id, parts.method.clone(), environ, inline, exchange, app.limits.timeout);
+    let mut running = Running {
+        call: Some(Box::pin(call)),
+        events,
+        app: Arc::clone(app),
+        id,
+        method: parts.method.clone(),
+    };
+    match poll_fn(|context| running.poll_first(context)).await? {
+        First::Complete(head, body) => Ok(head.into_response(ResponseBody::Complete(Some(body)))),
+        First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
+    }
+}
+
+/// Lets the leased instance answer, and gives it back if it is sound.
+async fn call(
+    mut lease: Lease,
+    id: RequestId,
+    method: Method,
+    environ: Vec<u8>,
+    body: Bytes,
+    exchange: Exchange,
+    timeout: Duration,
+) -> Result<Reply, Failure> {
+    let instance = lease.instance().ok_or(Failure::CannotStart)?;
+    let outcome = instance.handle(id, &method, &environ, &body, exchange, timeout).await;
+    if !matches!(outcome, Err(Failure::Trap | Failure::Timeout)) {
+        lease.give_back();
+    }
+    outcome
+}
+
+type Call = Pin<Box<dyn Future<Output = Result<Reply, Failure>> + Send>>;
+
+/// A guest at work on a request.
+///
+/// Dropped while the guest is still at work, that is when the client is gone
+/// or has all it needs, it lets the guest go on in a task of its own, so that
+/// the app's `close()` runs. The guest's time limit holds there too.
+pub struct Running {
+    call: Option<Call>,
+    events: mpsc::Receiver<Event>,
+    app: Arc<App>,
+    id: RequestId,
+    method: Method,
+}
+
+/// What a guest comes up with first.
+enum First {
+    Complete(Head, Bytes),
+    Streaming(Head),
+}
+
+impl Running {
+    /// Runs the guest until it has a whole response, or the head of one.
+    fn poll_first(&mut self, context: &mut Context<'_>) -> Poll<Result<First, Failure>> {
+        let done = self.poll_call(context);
+        match (self.events.try_recv(), done) {
+            // A head that was sent is of no use if the guest has failed since.
+            (_, Poll::Ready(Err(failure))) => Poll::Ready(Err(failure)),
+            (Ok(Event::Head(head)), _) => Poll::Ready(Ok(First::Streaming(head))),
+            (_, Poll::Ready(Ok(Reply::Complete(head, body)))) => Poll::Ready(Ok(First::Complete(head, body))),
+            (_, Poll::Ready(Ok(Reply::Streamed))) => Poll::Ready(Err(Failure::App)),
+            (_, Poll::Pending) => Poll::Pending,
+        }
+    }
+
+    /// Runs the guest until the next piece of the body or its end.
+    fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        loop {
+            match self.events.try_recv() {
+                Ok(Event::Chunk(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
+                Ok(Event::End) => return Poll::Ready(None),
+                Ok(Event::Head(_)) => continue,
+                Err(_) if self.call.is_none() => return Poll::Ready(None),
+                Err(_) => {}
+            }
+            match self.poll_call(context) {
+                Poll::Ready(Err(failure)) => {
+                    log(&self.app, self.id, &self.method, failure);
+                    // hyper aborts the connection: the client can tell a
+                    // broken body from a whole one.
+                    return Poll::Ready(Some(Err(failure)));
+                }
+                Poll::Ready(Ok(_)) => {}
+                // The guest may have sent something before it had to wait.
+                Poll::Pending if self.events.is_empty() => return Poll::Pending,
+                Poll::Pending => {}
+            }
+        }
+    }
+
+    fn poll_call(&mut self, context: &mut Context<'_>) -> Poll<Result<Reply, Failure>> {
+        let Some(call) = &mut self.call else {
+            return Poll::Pending;
+        };
+        let polled = call.as_mut().poll(context);
+        if polled.is_ready() {
+            self.call = None;
+        }
+        polled
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let Some(call) = self.call.take() else { return };
+        // Closed, so that the guest's next write says that the client is gone.
+        self.events.close();
+        while self.events.try_recv().is_ok() {}
+        let (app, id, method) = (Arc::clone(&self.app), self.id, self.method.clone());
+        // Without a runtime the process is ending.
+        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
+            runtime.spawn(async move {
+                match call.await {
+                    Ok(_) | Err(Failure::App | Failure::ClientGone) => {}
+                    Err(failure) => log(&app, id, &method, failure),
+                }
+            });
+        }
+    }
+}
+
+/// The body of a response.
+pub enum ResponseBody {
+    /// All of it, until it is taken.
+    Complete(Option<Bytes>),
+    /// What the guest still works on.
+    Streaming(Running),
+}
+
+impl Body for ResponseBody {
+    type Data = Bytes;
+    type Error = Failure;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        match self.get_mut() {
+            ResponseBody::Complete(body) => {
+                let body = body.take().filter(|body| !body.is_empty());
+                Poll::Ready(body.map(|body| Ok(Frame::data(body))))
+            }
+            ResponseBody::Streaming(running) => running.poll_next(context),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            ResponseBody::Complete(body) => body.as_ref().is_none_or(Bytes::is_empty),
+            ResponseBody::Streaming(_) => false,
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            ResponseBody::Complete(body) => SizeHint::with_exact(body.as_ref().map_or(0, Bytes::len) as u64),
+            ResponseBody::Streaming(_) => SizeHint::default(),
+        }
+    }
+}
+
+impl Head {
+    fn into_response(self, body: ResponseBody) -> Response<ResponseBody> {
+        let mut response = Response::new(body);
+        *response.status_mut() = self.status;
+        *response.headers_mut() = self.headers;
+        if let Some(reason) = self.reason {
+            response.extensions_mut().insert(reason);
+        }
+        response
+    }
+}
+
+/// The response for a request that failed. Its text is ours: nothing of the
+/// guest's is in it but the id under which the log has the rest.
+fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
+    let status = failure.status();
+    let reason = status.canonical_reason().unwrap_or("Error");
+    let text = format!("{} {reason}\nrequest {id}\n", status.as_u16());
+    let mut response = Response::new(ResponseBody::Complete(Some(text.into())));
+    *response.status_mut() = status;
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+    if matches!(failure, Failure::Overloaded | Failure::CannotStart) {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    }
+    if matches!(failure, Failure::BodyTooLarge | Failure::BodyTimeout | Failure::ClientGone) {
+        // The rest of the body may still be under way: not the next request.
+        headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
+fn log(app: &App, request: RequestId, method: &Method, failure: Failure) {
+    let app = app.pool.name();
+    if failure.is_servers_fault() {
+        tracing::error!(app, %request, %method, "{failure}");
+    } else {
+        tracing::info!(app, %request, %method, "{failure}");
+    }
+}

@@ -1,0 +1,383 @@
+//! One guest: a store with its grants and limits, and the calls into it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::Method;
+use wasmtime::component::{Component, HasSelf, Linker, ResourceTable};
+use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
+use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
+
+use crate::deadline::{Deadline, Elapsed};
+use crate::engine::{HOSTCALL_FUEL, MAX_RESOURCES};
+use crate::exchange::{self, Exchange, Head, SendError};
+use crate::failure::Failure;
+use crate::files::{FileSpace, Files};
+use crate::guest_log::GuestLog;
+use crate::key_derivation::{self, Digest, Refusal};
+use crate::request_id::RequestId;
+
+mod bindings {
+    //! The WIT contract as Rust types and traits.
+    #![allow(missing_docs, unreachable_pub, reason = "generated; the WIT file has the documentation")]
+
+    wasmtime::component::bindgen!({
+        path: "../wit",
+        world: "application",
+        imports: { default: async },
+        exports: { default: async },
+    });
+}
+
+use bindings::wsgi_wasm::gateway::{key_derivation as wit_key_derivation, request_body, response};
+
+/// Bytes of a request body that go to a guest in one call at most.
+const MAX_READ: u32 = 1 << 20;
+/// Random bytes that a guest may ask for in one call.
+const MAX_RANDOM: u64 = 1 << 20;
+/// Elements that all tables of an instance may have together.
+const MAX_TABLE_ELEMENTS: usize = 100_000;
+
+/// What one app's instances may use.
+#[derive(Clone, Debug)]
+pub struct Grants {
+    /// The app's name in the log.
+    pub name: Arc<str>,
+    /// Linear memory of an instance in bytes.
+    pub memory: usize,
+    /// Environment variables.
+    pub environment: Vec<(String, String)>,
+    /// Mounted directories.
+    pub files: Arc<Files>,
+}
+
+/// An app's code, linked with the host and ready to be instantiated.
+#[derive(Clone)]
+pub struct Program {
+    engine: Engine,
+    linked: bindings::ApplicationPre<HostState>,
+}
+
+impl Program {
+    /// Links `component` with the host.
+    ///
+    /// # Errors
+    ///
+    /// If it does not export our world, or imports what the host does not have.
+    pub fn link(engine: &Engine, component: &Component) -> wasmtime::Result<Program> {
+        let mut linker = Linker::<HostState>::new(engine);
+        wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+        bindings::Application::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)?;
+        let linked = bindings::ApplicationPre::new(linker.instantiate_pre(component)?)?;
+        Ok(Program { engine: engine.clone(), linked })
+    }
+}
+
+/// Where a guest's standard streams go.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streams {
+    /// Output becomes lines of the log; there is no input.
+    Log,
+    /// The host's own streams, for a one-off command.
+    Inherit,
+}
+
+/// A live guest.
+pub struct Instance {
+    store: Store<HostState>,
+    guest: bindings::Application,
+    requests: u64,
+}
+
+/// What a guest answered.
+#[derive(Debug)]
+pub enum Reply {
+    /// The whole response.
+    Complete(Head, Bytes),
+    /// The response went through the exchange.
+    Streamed,
+}
+
+impl Instance {
+    /// Makes a fresh instance of `program`.
+    ///
+    /// # Errors
+    ///
+    /// If the program needs more than its grants, or the pool is full.
+    pub async fn new(program: &Program, grants: &Grants, streams: Streams) -> wasmtime::Result<Instance> {
+        let deadline = Deadline::never();
+        let log = GuestLog::new(Arc::clone(&grants.name));
+        let space = grants.files.take().map_err(wasmtime::Error::from_anyhow)?;
+        let mut wasi = WasiCtxBuilder::new();
+        wasi.envs(&grants.environment).max_random_size(MAX_RANDOM);
+        match streams {
+            Streams::Log => wasi.stdout(log.clone()).stderr(log.clone()),
+            Streams::Inherit => wasi.inherit_stdio(),
+        };
+        let mut wasi = wasi.build();
+        *wasi.filesystem() = space.mounts();
+        let mut resources = ResourceTable::new();
+        resources.set_max_capacity(MAX_RESOURCES);
+        let state = HostState {
+            wasi,
+            resources,
+            limits: Limits { memory: grants.memory, memory_used: 0, table_elements_used: 0 },
+            deadline: deadline.clone(),
+            log,
+            name: Arc::clone(&grants.name),
+            exchange: None,
+            space: Some(space),
+            files: Arc::clone(&grants.files),
+        };
+        let mut store = Store::new(&program.engine, state);
+        store.limiter(|state| &mut state.limits);
+        store.set_hostcall_fuel(HOSTCALL_FUEL);
+        store.set_epoch_deadline(1);
+        store.epoch_deadline_callback(on_epoch);
+        let guest = program.linked.instantiate_async(&mut store).await?;
+        Ok(Instance { store, guest, requests: 0 })
+    }
+
+    /// Lets the guest answer one request within `limit` of its own time.
+    ///
+    /// After [`Failure::Trap`] and [`Failure::Timeout`], or if the future is
+    /// dropped, the instance is broken and must be dropped too.
+    ///
+    /// # Errors
+    ///
+    /// Why there is no response, or not a whole one.
+    pub async fn handle(
+        &mut self,
+        request: RequestId,
+        method: &Method,
+        environ: &[u8],
+        body: &[u8],
+        exchange: Exchange,
+        limit: Duration,
+    ) -> Result<Reply, Failure> {
+        self.requests += 1;
+        let state = self.store.data_mut();
+        state.log.begin(request);
+        state.exchange = Some(exchange);
+        let deadline = state.deadline.clone();
+        deadline.set(Some(limit));
+        self.store.set_epoch_deadline(1);
+        let handler = self.guest.wsgi_wasm_gateway_handler();
+        let outcome = deadline.enforce(handler.call_handle(&mut self.store, environ, body)).await;
+        deadline.set(None);
+        let state = self.store.data_mut();
+        state.log.end();
+        let exchange = state.exchange.take().ok_or(Failure::Trap)?;
+        let returned = match outcome {
+            Ok(Ok(returned)) => returned,
+            Ok(Err(error)) if error.is::<Elapsed>() => return Err(Failure::Timeout),
+            Err(Elapsed) => return Err(Failure::Timeout),
+            Ok(Err(trap)) => {
+                tracing::error!(app = %state.name, %request, "the guest trapped: {trap:?}");
+                return Err(Failure::Trap);
+            }
+        };
+        if returned.is_empty() {
+            return exchange.conclude().map(|()| Reply::Streamed);
+        }
+        if exchange.has_started() {
+            return Err(Failure::BadResponse("a response was both streamed and returned"));
+        }
+        let (head, body) = exchange::parse_head(&returned).map_err(Failure::BadResponse)?;
+        let start = returned.len() - body.len();
+        let body = Bytes::from(returned).slice(start..);
+        let body = exchange::check_body(&head, method, body).map_err(Failure::BadResponse)?;
+        Ok(Reply::Complete(head, body))
+    }
+
+    /// Lets the guest run a command and returns its exit status.
+    ///
+    /// # Errors
+    ///
+    /// If the guest traps, or runs longer than `limit`.
+    pub async fn run_command(
+        &mut self,
+        arguments: &[String],
+        limit: Option<Duration>,
+    ) -> wasmtime::Result<u8> {
+        let deadline = self.store.data().deadline.clone();
+        deadline.set(limit);
+        self.store.set_epoch_deadline(1);
+        let command = self.guest.wsgi_wasm_gateway_command();
+        deadline.enforce(command.call_run(&mut self.store, arguments)).await.map_err(wasmtime::Error::from)?
+    }
+
+    /// How many requests the instance has worked on.
+    pub fn requests(&self) -> u64 {
+        self.requests
+    }
+
+    /// Linear memory in use, in bytes.
+    pub fn memory_used(&self) -> usize {
+        self.store.data().limits.memory_used
+    }
+}
+
+/// Runs in the guest's fiber at the first loop or call after each tick: other
+/// tasks of this thread get their turn, and a guest without time left stops.
+#[expect(clippy::needless_pass_by_value, reason = "the type that wasmtime calls")]
+fn on_epoch(store: StoreContextMut<'_, HostState>) -> wasmtime::Result<UpdateDeadline> {
+    if store.data().deadline.passed() {
+        return Err(Elapsed.into());
+    }
+    Ok(UpdateDeadline::Yield(1))
+}
+
+/// What the host keeps for one instance.
+pub struct HostState {
+    wasi: WasiCtx,
+    resources: ResourceTable,
+    limits: Limits,
+    deadline: Deadline,
+    log: GuestLog,
+    name: Arc<str>,
+    /// The request that the guest works on.
+    exchange: Option<Exchange>,
+    space: Option<FileSpace>,
+    files: Arc<Files>,
+}
+
+impl Drop for HostState {
+    fn drop(&mut self) {
+        // Handles of open files go first: their files are about to be deleted.
+        self.resources = ResourceTable::new();
+        if let Some(space) = self.space.take() {
+            self.files.recycle(space);
+        }
+    }
+}
+
+impl WasiView for HostState {
+    fn ctx(&mut self) -> WasiCtxView<'_> {
+        WasiCtxView { ctx: &mut self.wasi, table: &mut self.resources }
+    }
+}
+
+/// Memory and tables of one instance. A refused growth reaches Python as
+/// `MemoryError`, which an app may survive.
+struct Limits {
+    memory: usize,
+    memory_used: usize,
+    table_elements_used: usize,
+}
+
+impl ResourceLimiter for Limits {
+    fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let used = self.memory_used.saturating_add(desired.saturating_sub(current));
+        let allowed = used <= self.memory;
+        if allowed {
+            self.memory_used = used;
+        }
+        Ok(allowed)
+    }
+
+    fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
+        let used = self.table_elements_used.saturating_add(desired.saturating_sub(current));
+        let allowed = used <= MAX_TABLE_ELEMENTS;
+        if allowed {
+            self.table_elements_used = used;
+        }
+        Ok(allowed)
+    }
+}
+
+impl request_body::Host for HostState {
+    async fn read(&mut self, max: u32) -> Result<Vec<u8>, request_body::ReadError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(request_body::ReadError::Unavailable);
+        };
+        let _pause = self.deadline.pause();
+        match exchange.body.read(max.min(MAX_READ) as usize).await {
+            Ok(bytes) => Ok(bytes.into()),
+            Err(Failure::BodyTooLarge) => Err(request_body::ReadError::TooLarge),
+            Err(Failure::ClientGone) => Err(request_body::ReadError::ClientGone),
+            Err(_) => Err(request_body::ReadError::Unavailable),
+        }
+    }
+}
+
+impl response::Host for HostState {
+    async fn start(&mut self, head: Vec<u8>) -> Result<(), response::WriteError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(response::WriteError::Refused);
+        };
+        let _pause = self.deadline.pause();
+        sent(exchange.start(&head).await)
+    }
+
+    async fn write(&mut self, chunk: Vec<u8>) -> Result<(), response::WriteError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(response::WriteError::Refused);
+        };
+        let _pause = self.deadline.pause();
+        sent(exchange.write(chunk).await)
+    }
+
+    async fn finish(&mut self) -> Result<(), response::WriteError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(response::WriteError::Refused);
+        };
+        let _pause = self.deadline.pause();
+        sent(exchange.finish().await)
+    }
+}
+
+/// A step of a response as the guest hears of it. The rule it broke is in the
+/// failure that the request ends with.
+fn sent(result: Result<(), SendError>) -> Result<(), response::WriteError> {
+    result.map_err(|error| match error {
+        SendError::ClientGone => response::WriteError::ClientGone,
+        SendError::Refused(_) => response::WriteError::Refused,
+    })
+}
+
+impl wit_key_derivation::Host for HostState {
+    async fn pbkdf2_hmac(
+        &mut self,
+        hash: wit_key_derivation::Digest,
+        password: Vec<u8>,
+        salt: Vec<u8>,
+        iterations: u32,
+        length: u32,
+    ) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
+        use wit_key_derivation::Digest as Wit;
+        let digest = match hash {
+            Wit::Md5 => Digest::Md5,
+            Wit::Sha1 => Digest::Sha1,
+            Wit::Sha224 => Digest::Sha224,
+            Wit::Sha256 => Digest::Sha256,
+            Wit::Sha384 => Digest::Sha384,
+            Wit::Sha512 => Digest::Sha512,
+            Wit::Sha3224 => Digest::Sha3_224,
+            Wit::Sha3256 => Digest::Sha3_256,
+            Wit::Sha3384 => Digest::Sha3_384,
+            Wit::Sha3512 => Digest::Sha3_512,
+        };
+        derived(key_derivation::pbkdf2_hmac(digest, password, salt, iterations, length).await)
+    }
+
+    async fn scrypt(
+        &mut self,
+        password: Vec<u8>,
+        salt: Vec<u8>,
+        n: u32,
+        r: u32,
+        p: u32,
+        length: u32,
+    ) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
+        derived(key_derivation::scrypt(password, salt, n, r, p, length).await)
+    }
+}
+
+fn derived(result: Result<Vec<u8>, Refusal>) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
+    result.map_err(|refusal| match refusal {
+        Refusal::Invalid(reason) => wit_key_derivation::DerivationError::Invalid(reason),
+        Refusal::TooExpensive(reason) => wit_key_derivation::DerivationError::TooExpensive(reason),
+    })
+}

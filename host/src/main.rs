@@ -1,0 +1,73 @@
+//! `wsgi-wasm`: hosts Python WSGI apps in WebAssembly sandboxes.
+//!
+//! The modules in the order in which a request meets them: `serve` accepts,
+//! `handler` answers, with `environ`, `pool`, `instance` and `exchange` as its
+//! steps. `build` makes what is served.
+
+mod app;
+mod artifact;
+mod build;
+mod cache;
+mod cli;
+mod code;
+mod deadline;
+mod engine;
+mod environ;
+mod error;
+mod exchange;
+mod exec;
+mod failure;
+mod files;
+mod guest_log;
+mod handler;
+mod inspect;
+mod instance;
+mod key_derivation;
+mod pool;
+mod request_id;
+mod serve;
+mod units;
+
+use std::process::ExitCode;
+
+use clap::Parser as _;
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::{Cli, Command};
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    start_logging();
+    let done = match cli.command {
+        Command::Build(args) => build::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Serve(args) => serve::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Exec(args) => exec::run(&args).map(ExitCode::from),
+        Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Compile { input, output } => code::compile(&input, &output).map(|()| ExitCode::SUCCESS),
+    };
+    done.unwrap_or_else(|error| {
+        report(&error);
+        ExitCode::from(error::exit_status(&error))
+    })
+}
+
+/// Prints why the command failed. A [`error::UserError`] says all there is to
+/// say; what led to it is our own affair.
+#[expect(clippy::print_stderr, reason = "the one place where an error is printed")]
+fn report(error: &anyhow::Error) {
+    match error.chain().find_map(|cause| cause.downcast_ref::<error::UserError>()) {
+        Some(user_error) => eprintln!("error: {user_error}"),
+        None => eprintln!("error: {error:#}"),
+    }
+}
+
+/// Logs go to standard error. `WSGI_WASM_LOG` filters them, as in
+/// `WSGI_WASM_LOG=debug` or `WSGI_WASM_LOG=warn,app=info`.
+fn start_logging() {
+    let filter = EnvFilter::try_from_env("WSGI_WASM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr()))
+        .init();
+}

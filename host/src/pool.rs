@@ -1,0 +1,230 @@
+//! The instances of one app, and who may use them.
+//!
+//! A [`Lease`] is the right to one instance for one request. Dropping it
+//! discards the instance; only the end of a clean call gives it back. So a
+//! trap, a timeout, a panic and a client that leaves all take the safe path.
+
+use std::hash::{BuildHasher as _, RandomState};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::failure::Failure;
+use crate::instance::{Grants, Instance, Program, Streams};
+
+/// How far instances are shared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Isolation {
+    /// Instances are reused for the app's next requests.
+    #[default]
+    Tenant,
+    /// Each request has a fresh instance.
+    Request,
+}
+
+/// The rules of a pool.
+#[derive(Clone, Debug)]
+pub struct PoolSettings {
+    /// Requests that can be in work at a time.
+    pub instances: usize,
+    /// Requests that may wait for an instance.
+    pub queue: usize,
+    /// How long one may wait.
+    pub queue_wait: Duration,
+    /// How far instances are shared.
+    pub isolation: Isolation,
+    /// Requests after which an instance is replaced, give or take a tenth.
+    pub max_requests: u64,
+}
+
+impl PoolSettings {
+    /// Instances that a pool with these settings has at most.
+    pub fn capacity(&self) -> usize {
+        match self.isolation {
+            Isolation::Tenant => self.instances,
+            // As many again may stand prepared.
+            Isolation::Request => self.instances * 2,
+        }
+    }
+}
+
+/// The instances of one app.
+pub struct Pool {
+    program: Program,
+    grants: Grants,
+    settings: PoolSettings,
+    /// One permit per request in work.
+    permits: Arc<Semaphore>,
+    waiting: AtomicUsize,
+    /// Instances at rest. With [`Isolation::Request`] they are unused ones,
+    /// prepared so that no request pays for the start of an instance.
+    idle: Mutex<Vec<Instance>>,
+    /// Instances being prepared.
+    preparing: AtomicUsize,
+}
+
+impl Pool {
+    /// A pool without instances.
+    pub fn new(program: Program, grants: Grants, settings: PoolSettings) -> Arc<Pool> {
+        Arc::new(Pool {
+            program,
+            grants,
+            permits: Arc::new(Semaphore::new(settings.instances)),
+            settings,
+            waiting: AtomicUsize::new(0),
+            idle: Mutex::default(),
+            preparing: AtomicUsize::new(0),
+        })
+    }
+
+    /// Makes the first instance: an app that can not start is found before the
+    /// first request.
+    ///
+    /// # Errors
+    ///
+    /// If the instance can not be made.
+    pub async fn warm(self: &Arc<Self>) -> wasmtime::Result<()> {
+        let instance = self.start().await?;
+        self.rest(instance);
+        self.prepare();
+        Ok(())
+    }
+
+    /// The app's name in the log.
+    pub fn name(&self) -> &str {
+        &self.grants.name
+    }
+
+    /// Waits for the right to an instance.
+    ///
+    /// # Errors
+    ///
+    /// [`Failure::Overloaded`] if too many wait already or the wait is too
+    /// long, [`Failure::CannotStart`] if there is no instance to be had.
+    pub async fn lease(self: &Arc<Self>) -> Result<Lease, Failure> {
+        let permit = match Arc::clone(&self.permits).try_acquire_owned() {
+            Ok(permit) => permit,
+            Err(_) => self.wait().await?,
+        };
+        let resting = self.idle().pop();
+        let instance = match resting {
+            Some(instance) => instance,
+            None => self.start().await.map_err(|error| {
+                tracing::error!(app = %self.grants.name, "failed to start an instance: {error:?}");
+                Failure::CannotStart
+            })?,
+        };
+        self.prepare();
+        Ok(Lease { instance: Some(instance), pool: Arc::clone(self), _permit: permit })
+    }
+
+    /// Waits until no request is in work.
+    pub async fn drained(&self) {
+        let all = u32::try_from(self.settings.instances).unwrap_or(u32::MAX);
+        // The semaphore is never closed.
+        let _ = self.permits.acquire_many(all).await;
+    }
+
+    async fn wait(&self) -> Result<OwnedSemaphorePermit, Failure> {
+        /// Counts one who waits, until dropped.
+        struct Waiting<'a>(&'a AtomicUsize);
+        impl Drop for Waiting<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::Relaxed);
+            }
+        }
+        let before = self.waiting.fetch_add(1, Ordering::Relaxed);
+        let _waiting = Waiting(&self.waiting);
+        if before >= self.settings.queue {
+            return Err(Failure::Overloaded);
+        }
+        let permit = Arc::clone(&self.permits).acquire_owned();
+        match tokio::time::timeout(self.settings.queue_wait, permit).await {
+            Ok(Ok(permit)) => Ok(permit),
+            _ => Err(Failure::Overloaded),
+        }
+    }
+
+    async fn start(&self) -> wasmtime::Result<Instance> {
+        Instance::new(&self.program, &self.grants, Streams::Log).await
+    }
+
+    /// With [`Isolation::Request`], makes an instance for a later request in
+    /// the background, as long as there are fewer at rest than requests in
+    /// work, or none at all.
+    fn prepare(self: &Arc<Self>) {
+        if self.settings.isolation != Isolation::Request {
+            return;
+        }
+        let in_work = self.settings.instances - self.permits.available_permits();
+        let wanted = (in_work + 1).min(self.settings.instances);
+        let ready = self.idle().len() + self.preparing.load(Ordering::Relaxed);
+        if ready >= wanted {
+            return;
+        }
+        self.preparing.fetch_add(1, Ordering::Relaxed);
+        let pool = Arc::clone(self);
+        tokio::spawn(async move {
+            let started = pool.start().await;
+            pool.preparing.fetch_sub(1, Ordering::Relaxed);
+            match started {
+                Ok(instance) => pool.rest(instance),
+                // A request that needs one will try again and report it.
+                Err(error) => {
+                    tracing::debug!(app = %pool.grants.name, "failed to prepare an instance: {error:#}")
+                }
+            }
+        });
+    }
+
+    fn rest(&self, instance: Instance) {
+        let mut idle = self.idle();
+        if idle.len() < self.settings.instances {
+            idle.push(instance);
+        }
+    }
+
+    /// Whether `instance` may serve another request.
+    fn may_stay(&self, instance: &Instance) -> bool {
+        // Instances that were started together should not end together.
+        static SPREAD: std::sync::LazyLock<RandomState> = std::sync::LazyLock::new(RandomState::new);
+        let max = self.settings.max_requests;
+        let spread = SPREAD.hash_one(std::ptr::from_ref(instance)) % (max / 10 + 1);
+        self.settings.isolation == Isolation::Tenant
+            && instance.requests() < max.saturating_sub(spread)
+            // Linear memory never shrinks. An instance that one request blew
+            // up would fail the next ones for lack of memory.
+            && instance.memory_used() <= self.grants.memory / 4 * 3
+    }
+
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Instance>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to one instance, for one request.
+pub struct Lease {
+    /// Dropped before the permit, so that its slot is free when the next
+    /// request gets the permit.
+    instance: Option<Instance>,
+    pool: Arc<Pool>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Lease {
+    /// The instance. None only in the middle of [`Lease::give_back`].
+    pub fn instance(&mut self) -> Option<&mut Instance> {
+        self.instance.as_mut()
+    }
+
+    /// The request ended cleanly: the instance may serve another one.
+    pub fn give_back(mut self) {
+        if let Some(instance) = self.instance.take()
+            && self.pool.may_stay(&instance)
+        {
+            self.pool.rest(instance);
+        }
+    }
+}

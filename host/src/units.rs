@@ -1,0 +1,139 @@
+//! Sizes and times as people write them: `128MiB`, `30s`.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// A number of bytes, written as `4096`, `512KiB`, `128MiB`, `1GiB` or in
+/// powers of ten as `10MB`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Size(pub u64);
+
+const SIZE_UNITS: &[(&str, u64)] = &[
+    ("B", 1),
+    ("KiB", 1 << 10),
+    ("MiB", 1 << 20),
+    ("GiB", 1 << 30),
+    ("TiB", 1 << 40),
+    ("kB", 1_000),
+    ("KB", 1_000),
+    ("MB", 1_000_000),
+    ("GB", 1_000_000_000),
+];
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Size, String> {
+        let help = || format!("`{text}` is not a size; write for example `128MiB`, `512KiB` or `1GiB`");
+        let (number, unit) = split_unit(text);
+        let factor = if unit.is_empty() {
+            1
+        } else {
+            SIZE_UNITS.iter().find(|(name, _)| *name == unit).map(|(_, factor)| *factor).ok_or_else(help)?
+        };
+        let number: u64 = number.parse().map_err(|_| help())?;
+        number.checked_mul(factor).map(Size).ok_or_else(|| format!("`{text}` is too large"))
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (unit, factor) = SIZE_UNITS[..5]
+            .iter()
+            .rev()
+            .find(|(_, factor)| self.0 >= *factor && self.0.is_multiple_of(*factor))
+            .unwrap_or(&SIZE_UNITS[0]);
+        write!(f, "{}{unit}", self.0 / factor)
+    }
+}
+
+/// Shows a number of bytes for people, with one digit after the point.
+pub fn approximate(bytes: u64) -> String {
+    #[expect(clippy::cast_precision_loss, reason = "only three digits are shown")]
+    let bytes = bytes as f64;
+    match bytes {
+        b if b >= 1e9 => format!("{:.1} GB", b / 1e9),
+        b if b >= 1e6 => format!("{:.1} MB", b / 1e6),
+        b if b >= 1e3 => format!("{:.1} kB", b / 1e3),
+        b => format!("{b} B"),
+    }
+}
+
+/// A length of time, written as `500ms`, `30s`, `5m` or `2h`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Time(pub Duration);
+
+impl FromStr for Time {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Time, String> {
+        let help = || format!("`{text}` is not a time; write for example `30s`, `500ms` or `5m`");
+        let (number, unit) = split_unit(text);
+        let number: u64 = number.parse().map_err(|_| help())?;
+        let seconds = |factor: u64| {
+            number
+                .checked_mul(factor)
+                // A century: more is a mistake, and would overflow a clock.
+                .filter(|seconds| *seconds <= 3_155_760_000)
+                .map(Duration::from_secs)
+                .ok_or_else(|| format!("`{text}` is too long"))
+        };
+        match unit {
+            "ms" => Ok(Duration::from_millis(number)),
+            "s" => seconds(1),
+            "m" | "min" => seconds(60),
+            "h" => seconds(3600),
+            _ => Err(help()),
+        }
+        .map(Time)
+    }
+}
+
+impl fmt::Display for Time {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let milliseconds = self.0.as_millis();
+        match milliseconds {
+            0 => f.write_str("0s"),
+            n if n % 3_600_000 == 0 => write!(f, "{}h", n / 3_600_000),
+            n if n % 60_000 == 0 => write!(f, "{}m", n / 60_000),
+            n if n % 1_000 == 0 => write!(f, "{}s", n / 1_000),
+            n => write!(f, "{n}ms"),
+        }
+    }
+}
+
+/// Splits `128MiB` into `128` and `MiB`.
+fn split_unit(text: &str) -> (&str, &str) {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    (&text[..end], text[end..].trim_start_matches(' '))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_read_and_show_the_same() {
+        for (text, bytes) in [("128MiB", 128 << 20), ("1GiB", 1 << 30), ("0B", 0), ("1500B", 1500)] {
+            assert_eq!(text.parse::<Size>().unwrap(), Size(bytes));
+            assert_eq!(Size(bytes).to_string(), text);
+        }
+        assert_eq!("10MB".parse::<Size>().unwrap(), Size(10_000_000));
+        assert_eq!("4096".parse::<Size>().unwrap(), Size(4096));
+        for bad in ["", "MiB", "-1MiB", "1.5GiB", "10mib", "99999999999GiB"] {
+            assert!(bad.parse::<Size>().unwrap_err().contains(bad), "{bad}");
+        }
+    }
+
+    #[test]
+    fn times_read_and_show_the_same() {
+        for (text, milliseconds) in [("30s", 30_000), ("500ms", 500), ("5m", 300_000), ("2h", 7_200_000)] {
+            assert_eq!(text.parse::<Time>().unwrap().0.as_millis(), milliseconds);
+            assert_eq!(text.parse::<Time>().unwrap().to_string(), text);
+        }
+        for bad in ["", "s", "30", "-1s", "1d", "99999999999h"] {
+            assert!(bad.parse::<Time>().is_err(), "{bad}");
+        }
+    }
+}

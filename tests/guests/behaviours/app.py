@@ -1,0 +1,424 @@
+"""One route for each small behaviour that the tests ask about."""
+
+import hashlib
+import json
+import os
+import random
+import secrets
+import sys
+import tempfile
+import time
+import uuid
+
+# Made at import, so they are in the snapshot. Only `seeded` may repeat.
+unseeded = random.Random()
+seeded = random.Random(42)
+os.environ["SET_AT_IMPORT"] = "kept"
+requests_served = 0
+closed = []
+
+
+def reply(start_response, text, status="200 OK", headers=()):
+    start_response(status, [("Content-Type", "text/plain; charset=utf-8"), *headers])
+    return [text.encode()]
+
+
+def hello(environ, start_response):
+    return reply(start_response, "Hello, world!\n")
+
+
+def show_environ(environ, start_response):
+    shown = {key: value for key, value in environ.items() if isinstance(value, (str, bool, tuple))}
+    return reply(start_response, json.dumps(shown))
+
+
+def echo(environ, start_response):
+    return reply(start_response, environ["wsgi.input"].read().decode("latin-1"))
+
+
+def count(environ, start_response):
+    """Reads the body in pieces and tells its length and digest."""
+    digest, length = hashlib.sha256(), 0
+    while piece := environ["wsgi.input"].read(65536):
+        digest.update(piece)
+        length += len(piece)
+    return reply(start_response, f"{length} {digest.hexdigest()}")
+
+
+def count_only(environ, start_response):
+    length = 0
+    while piece := environ["wsgi.input"].read(1 << 20):
+        length += len(piece)
+    return reply(start_response, str(length))
+
+
+def lines(environ, start_response):
+    stream = environ["wsgi.input"]
+    return reply(start_response, repr([stream.readline(), stream.read(2), stream.readlines(), stream.read()]))
+
+
+def ignore_body(environ, start_response):
+    return reply(start_response, "ignored")
+
+
+def large(environ, start_response):
+    """As many mebibytes as the query says, one at a time."""
+    start_response("200 OK", [("Content-Type", "application/octet-stream")])
+    piece = bytes(range(256)) * 4096
+    return (piece for _ in range(int(environ["QUERY_STRING"])))
+
+
+def large_whole(environ, start_response):
+    start_response("200 OK", [("Content-Type", "application/octet-stream")])
+    return [b"x" * int(environ["QUERY_STRING"])]
+
+
+class Pieces:
+    """Yields numbered pieces and remembers how it ended."""
+
+    def __init__(self, number, pause=0.0):
+        self.number, self.pause, self.name = number, pause, "pieces"
+
+    def __iter__(self):
+        for index in range(self.number):
+            time.sleep(self.pause)
+            yield f"piece {index}\n".encode()
+
+    def close(self):
+        closed.append(self.name)
+        print("closed", self.name, file=sys.stderr)
+
+
+def stream(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return Pieces(3)
+
+
+def stream_for_ever(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return Pieces(1_000_000, 0.01)
+
+
+def stream_then_fail(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"the beginning"
+    raise RuntimeError("failed after the head")
+
+
+def stream_too_little(environ, start_response):
+    start_response("200 OK", [("Content-Length", "100")])
+    yield b"only this"
+
+
+def stream_then_spin(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"the beginning"
+    while True:
+        pass
+
+
+def write_callable(environ, start_response):
+    write = start_response("200 OK", [("Content-Type", "text/plain")])
+    write(b"written, ")
+    return [b"returned"]
+
+
+def cookies(environ, start_response):
+    return reply(start_response, "two", headers=[("Set-Cookie", "a=1"), ("Set-Cookie", "b=2; Path=/")])
+
+
+def status(environ, start_response):
+    """Any status line: the query, percent-decoded by nobody."""
+    code = environ["QUERY_STRING"]
+    start_response(code.replace("+", " "), [])
+    return [b"" if code[:3] in ("204", "304") else b"body"]
+
+
+def fail(environ, start_response):
+    raise RuntimeError("a secret of the app")
+
+
+def exit_app(environ, start_response):
+    sys.exit(3)
+
+
+def not_callable_result(environ, start_response):
+    start_response("200 OK", [])
+    return 42
+
+
+def text_chunk(environ, start_response):
+    start_response("200 OK", [])
+    return ["text, not bytes"]
+
+
+def no_start_response(environ, start_response):
+    return [b"no head"]
+
+
+def bad_header(environ, start_response):
+    start_response("200 OK", [("X-Bad", "a\r\nSet-Cookie: evil=1")])
+    return [b""]
+
+
+def hop_by_hop(environ, start_response):
+    start_response("200 OK", [("Transfer-Encoding", "chunked")])
+    return [b""]
+
+
+def bad_status(environ, start_response):
+    start_response("OK", [])
+    return [b""]
+
+
+def recurse(environ, start_response):
+    def down():
+        return down()
+
+    return down()
+
+
+def recurse_in_c(environ, start_response):
+    nested = []
+    for _ in range(200_000):
+        nested = [nested]
+    return reply(start_response, repr(nested)[:10])
+
+
+def spin(environ, start_response):
+    while True:
+        pass
+
+
+def sleep(environ, start_response):
+    time.sleep(float(environ["QUERY_STRING"]))
+    return reply(start_response, "slept")
+
+
+def sleep_for_ever(environ, start_response):
+    time.sleep(3600)
+
+
+def compute(environ, start_response):
+    end = time.monotonic() + float(environ["QUERY_STRING"])
+    while time.monotonic() < end:
+        sum(range(1000))
+    return reply(start_response, "computed")
+
+
+def allocate(environ, start_response):
+    hoard = []
+    while True:
+        hoard.append(bytearray(1 << 20))
+
+
+def allocate_and_catch(environ, start_response):
+    hoard = []
+    try:
+        while True:
+            hoard.append(bytearray(1 << 20))
+    except MemoryError:
+        held = len(hoard)
+        hoard.clear()
+        return reply(start_response, f"MemoryError after {held} MiB")
+
+
+def abort(environ, start_response):
+    os.abort()
+
+
+def log_lines(environ, start_response):
+    print("to stdout")
+    print("to stderr", file=sys.stderr)
+    environ["wsgi.errors"].write("to wsgi.errors\n")
+    sys.stderr.write("forged\x1b[31m line\rand more\n")
+    sys.stderr.write("no end")
+    return reply(start_response, "logged")
+
+
+def log_flood(environ, start_response):
+    for number in range(5000):
+        print("flood", number, file=sys.stderr)
+    return reply(start_response, "logged")
+
+
+def served(environ, start_response):
+    """How many requests this instance has answered."""
+    global requests_served
+    requests_served += 1
+    return reply(start_response, str(requests_served))
+
+
+def was_closed(environ, start_response):
+    return reply(start_response, " ".join(closed))
+
+
+def randomness(environ, start_response):
+    """One value from each source that two instances must not share."""
+    name = tempfile.mktemp()
+    return reply(
+        start_response,
+        json.dumps(
+            {
+                "random": random.random(),
+                "Random": unseeded.random(),
+                "seeded": seeded.random(),
+                "uuid4": str(uuid.uuid4()),
+                "uuid1": str(uuid.uuid1()),
+                "secrets": secrets.token_hex(),
+                "urandom": os.urandom(16).hex(),
+                "tempfile": name,
+                "SystemRandom": random.SystemRandom().random(),
+            }
+        ),
+    )
+
+
+def environment(environ, start_response):
+    return reply(start_response, json.dumps(dict(os.environ)))
+
+
+def now(environ, start_response):
+    return reply(start_response, str(time.time()))
+
+
+def files(environ, start_response):
+    """Everything that needs the files layer at run time."""
+    import encodings.cp500  # noqa: F401  # a codec that nothing loads early
+    import zoneinfo
+    from importlib.metadata import version
+
+    import late
+    import package
+
+    with open(os.path.join(os.path.dirname(__file__), "late.py")) as source:
+        first_line = source.readline().strip()
+    return reply(
+        start_response,
+        json.dumps(
+            {
+                "late": late.VALUE,
+                "resource": package.TEXT,
+                "source": first_line,
+                "codec": "a".encode("cp500").hex(),
+                "zone": str(zoneinfo.ZoneInfo("Europe/Berlin").utcoffset(None) or "ok"),
+                "tzdata": bool(version("tzdata")),
+                "cwd": os.getcwd(),
+                "relative": os.path.exists("late.py"),
+            }
+        ),
+    )
+
+
+def write_files(environ, start_response):
+    """What may be written where."""
+    outcome = {}
+    for path in ("/tmp/x", "/0/x", "/1/x", "/python/x", "/data/x", "/x", "/tmp/../0/y", "/tmp/../../etc/passwd"):
+        try:
+            with open(path, "a") as file:
+                file.write("x")
+            outcome[path] = "written"
+        except OSError as error:
+            outcome[path] = type(error).__name__
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(b"temporary")
+        file.flush()
+        outcome["size"] = os.path.getsize(file.name)
+    return reply(start_response, json.dumps(outcome))
+
+
+def temporary_files(environ, start_response):
+    """Names in /tmp before this request leaves one there."""
+    names = sorted(os.listdir("/tmp"))
+    with open("/tmp/left-behind", "w") as file:
+        file.write("secret of an earlier instance")
+    return reply(start_response, json.dumps(names))
+
+
+def escape(environ, start_response):
+    """Tries to leave the mounts."""
+    outcome = {}
+    for path in ("/etc/passwd", "/0/../../etc/passwd", "/proc/self/environ", "../../../etc/passwd"):
+        try:
+            with open(path) as file:
+                outcome[path] = file.read()
+        except OSError as error:
+            outcome[path] = type(error).__name__
+    for target in ("/etc/passwd", "../../../../../../../../../../etc/passwd"):
+        try:
+            if os.path.lexists("/tmp/link"):
+                os.unlink("/tmp/link")
+            os.symlink(target, "/tmp/link")
+            with open("/tmp/link") as file:
+                outcome["link to " + target] = file.read()
+        except OSError as error:
+            outcome["link to " + target] = type(error).__name__
+    return reply(start_response, json.dumps(outcome))
+
+
+def sockets(environ, start_response):
+    import socket
+
+    outcome = {}
+    for name, attempt in {
+        "connect": lambda: socket.create_connection(("127.0.0.1", int(environ["QUERY_STRING"])), 1),
+        "listen": lambda: socket.create_server(("127.0.0.1", 0)),
+        "lookup": lambda: socket.getaddrinfo("localhost", 80),
+    }.items():
+        try:
+            attempt()
+            outcome[name] = "worked"
+        except OSError as error:
+            outcome[name] = type(error).__name__
+    return reply(start_response, json.dumps(outcome))
+
+
+def passwords(environ, start_response):
+    return reply(
+        start_response,
+        json.dumps(
+            {
+                "pbkdf2": hashlib.pbkdf2_hmac("sha256", b"passwd", b"salt", 1, 64).hex(),
+                "sha1": hashlib.pbkdf2_hmac("sha1", b"password", b"salt", 4096).hex(),
+                "scrypt": hashlib.scrypt(b"password", salt=b"NaCl", n=1024, r=8, p=16).hex(),
+                "sha512": hashlib.pbkdf2_hmac("sha512", b"p", b"s", 1_000_000, 64).hex(),
+                "too much": attempt(lambda: hashlib.pbkdf2_hmac("sha256", b"p", b"s", 2**31)),
+                "too large": attempt(lambda: hashlib.scrypt(b"p", salt=b"s", n=2**24, r=8, p=1)),
+                "wrong": attempt(lambda: hashlib.scrypt(b"p", salt=b"s", n=3, r=8, p=1)),
+                "unknown": attempt(lambda: hashlib.pbkdf2_hmac("nope", b"p", b"s", 1)),
+            }
+        ),
+    )
+
+
+def attempt(action):
+    try:
+        return repr(action())
+    except Exception as error:
+        return type(error).__name__
+
+
+def cpu_hash(environ, start_response):
+    """A derivation that takes a core for a while."""
+    hashlib.pbkdf2_hmac("sha512", b"p", b"s", 3_000_000)
+    return reply(start_response, "derived")
+
+
+ROUTES = {
+    "/" + function.__name__.replace("_", "-"): function
+    for function in (
+        hello, show_environ, echo, count, count_only, lines, ignore_body, large, large_whole, stream,
+        stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
+        status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
+        hop_by_hop, bad_status, recurse, recurse_in_c, spin, sleep, sleep_for_ever, compute, allocate,
+        allocate_and_catch, abort, log_lines, log_flood, served, was_closed, randomness, environment,
+        now, files, write_files, temporary_files, escape, sockets, passwords, cpu_hash,
+    )
+}  # fmt: skip
+
+
+def app(environ, start_response):
+    route = ROUTES.get(environ["PATH_INFO"])
+    if route is None:
+        return reply(start_response, "no such route", "404 Not Found")
+    return route(environ, start_response)
