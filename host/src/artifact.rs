@@ -186,34 +186,57 @@ impl PackedLayer {
 /// Puts the manifest and the layers behind `component`.
 pub fn assemble(component: Vec<u8>, manifest: &Manifest, layers: &[PackedLayer]) -> Result<Vec<u8>> {
     let mut artifact = component;
-    append_section(&mut artifact, MANIFEST_SECTION, &serde_json::to_vec(manifest)?);
+    append_custom_section(&mut artifact, MANIFEST_SECTION, &serde_json::to_vec(manifest)?);
     for layer in layers {
-        append_section(&mut artifact, &format!("{LAYER_SECTION}{}", layer.layer.name()), &layer.bytes);
+        append_custom_section(&mut artifact, &format!("{LAYER_SECTION}{}", layer.layer.name()), &layer.bytes);
     }
     Ok(artifact)
 }
 
-/// Appends a custom section (core specification 5.5.3): id 0, the size, the
-/// name with its length, the content.
-fn append_section(component: &mut Vec<u8>, name: &str, content: &[u8]) {
-    fn leb128(mut value: usize, out: &mut Vec<u8>) {
-        loop {
-            let byte = (value & 0x7f) as u8;
-            value >>= 7;
-            if value == 0 {
-                out.push(byte);
-                return;
-            }
-            out.push(byte | 0x80);
-        }
+/// Appends a custom section (core specification 5.5.3): the name with its
+/// length, then the content.
+fn append_custom_section(component: &mut Vec<u8>, name: &str, content: &[u8]) {
+    let mut length = Vec::new();
+    write_leb128(name.len(), &mut length);
+    append_section(component, 0, &[&length, name.as_bytes(), content]);
+}
+
+/// Appends a section (core specification 5.5.2): its id, its size, and its
+/// content in `parts`.
+pub fn append_section(component: &mut Vec<u8>, id: u8, parts: &[&[u8]]) {
+    component.push(id);
+    write_leb128(parts.iter().map(|part| part.len()).sum(), component);
+    for part in parts {
+        component.extend_from_slice(part);
     }
-    let mut name_length = Vec::new();
-    leb128(name.len(), &mut name_length);
-    component.push(0);
-    leb128(name_length.len() + name.len() + content.len(), component);
-    component.extend_from_slice(&name_length);
-    component.extend_from_slice(name.as_bytes());
-    component.extend_from_slice(content);
+}
+
+/// One section of a component.
+#[derive(Clone, Debug)]
+pub struct Section {
+    /// What kind it is; 0 is a custom section, 1 a core module.
+    pub id: u8,
+    /// Where it starts, with its id and size.
+    pub start: usize,
+    /// Its content.
+    pub content: Range<usize>,
+}
+
+/// The sections of a component, in order. Ends with `None` where the component
+/// is cut off.
+pub fn sections(component: &[u8]) -> impl Iterator<Item = Option<Section>> + '_ {
+    let mut at = 8;
+    std::iter::from_fn(move || {
+        let start = at;
+        let id = *component.get(at)?;
+        at += 1;
+        let section = read_leb128(component, &mut at).and_then(|length| {
+            let end = at.checked_add(length).filter(|end| *end <= component.len())?;
+            Some(Section { id, start, content: at..end })
+        });
+        at = section.as_ref().map_or(component.len(), |section| section.content.end);
+        Some(section)
+    })
 }
 
 /// An artifact in memory, taken apart.
@@ -266,38 +289,32 @@ impl Artifact {
             layers: Vec::new(),
         };
         artifact.component.push(0..8);
-        let mut at = 8;
-        while at < bytes.len() {
-            let start = at;
-            let id = bytes[at];
-            at += 1;
-            let length = read_leb128(&bytes, &mut at).ok_or_else(truncated)?;
-            let end = at.checked_add(length).filter(|end| *end <= bytes.len()).ok_or_else(truncated)?;
-            let ours = if id == 0 { our_section(&bytes[..end], at) } else { None };
+        for section in sections(&bytes) {
+            let Section { id, start, content } = section.ok_or_else(truncated)?;
+            let ours = if id == 0 { our_section(&bytes[..content.end], content.start) } else { None };
             match ours {
-                Some((MANIFEST_SECTION, content)) => {
-                    let manifest: Manifest = serde_json::from_slice(&bytes[content])
+                Some((MANIFEST_SECTION, manifest)) => {
+                    let manifest: Manifest = serde_json::from_slice(&bytes[manifest])
                         .map_err(|error| refuse(&format!("has a manifest that can not be read: {error}")))?;
                     if manifest.format > MANIFEST_FORMAT {
                         return Err(refuse("was built by a newer wsgi-wasm").into());
                     }
                     artifact.manifest = Some(manifest);
                 }
-                Some((name, content)) => {
+                Some((name, packed)) => {
                     let layer = Layer::ALL
                         .into_iter()
                         .find(|layer| name.strip_prefix(LAYER_SECTION) == Some(layer.name()))
                         .ok_or_else(|| {
                             refuse(&format!("has a section `{name}` that this version does not know"))
                         })?;
-                    artifact.layers.push((layer, content));
+                    artifact.layers.push((layer, packed));
                 }
                 None => match artifact.component.last_mut() {
-                    Some(last) if last.end == start => last.end = end,
-                    _ => artifact.component.push(start..end),
+                    Some(last) if last.end == start => last.end = content.end,
+                    _ => artifact.component.push(start..content.end),
                 },
             }
-            at = end;
         }
         artifact.bytes = bytes;
         Ok(artifact)
@@ -426,6 +443,19 @@ fn read_leb128(bytes: &[u8], at: &mut usize) -> Option<usize> {
         }
     }
     None
+}
+
+/// Appends an unsigned LEB128 number.
+fn write_leb128(mut value: usize, out: &mut Vec<u8>) {
+    loop {
+        let byte = (value & 0x7f) as u8;
+        value >>= 7;
+        if value == 0 {
+            out.push(byte);
+            return;
+        }
+        out.push(byte | 0x80);
+    }
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@
 //! invite hash flooding. On one machine the cache gives the same file.
 
 mod adapter;
+mod owned_lists;
 mod target;
 mod toolchain;
 mod vendor;
@@ -260,8 +261,8 @@ struct Report {
     warnings: Vec<String>,
     stage: String,
     message: String,
-    traceback: String,
-    hint: String,
+    traceback: Option<String>,
+    hint: Option<String>,
 }
 
 /// How one warm-up request went.
@@ -298,6 +299,8 @@ impl Work<'_> {
                 bytecode: "/2/bytecode",
             },
         )?;
+        let component = owned_lists::free_lowered_lists(&component)
+            .context("failed to patch the bindings that componentize-py made")?;
         for request in &report.warmup {
             let status = request.status.map_or("no response".into(), |status| status.to_string());
             self.progress.step(&format!(
@@ -421,13 +424,17 @@ impl Work<'_> {
 
 /// Why the app did not get as far as a snapshot.
 fn failed_build(report: &Report) -> UserError {
-    let mut message = report.message.clone();
-    if !report.traceback.trim().is_empty() {
-        message = format!("{}\n{message}", report.traceback.trim_end());
+    let traceback = report.traceback.as_deref().unwrap_or_default().trim_end();
+    let error = if traceback.is_empty() {
+        UserError::new(report.message.clone())
+    } else {
+        // It ends with the message.
+        UserError::new(format!("the app failed while it was being built ({})\n{traceback}", report.stage))
+    };
+    match &report.hint {
+        Some(hint) if !hint.is_empty() => error.remedy(hint.clone()),
+        _ => error,
     }
-    let error =
-        UserError::new(format!("the app failed while it was being built ({})\n{message}", report.stage));
-    if report.hint.is_empty() { error } else { error.remedy(report.hint.clone()) }
 }
 
 /// What is known of a packed layer in the cache.

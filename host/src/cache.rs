@@ -50,7 +50,7 @@ impl Bucket {
             Bucket::Toolchains => "toolchains-v1",
             Bucket::StandardLibraries => "standard-libraries-v1",
             Bucket::Sites => "sites-v1",
-            Bucket::Apps => "apps-v1",
+            Bucket::Apps => "apps-v2",
             Bucket::Layers => "layers-v1",
             Bucket::Compiled => "compiled-v1",
         }

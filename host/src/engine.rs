@@ -33,15 +33,6 @@ pub const MAX_RESOURCES: usize = 1024;
 /// Elements of one table. CPython's function table has about 11,000.
 const TABLE_ELEMENTS: usize = 40_000;
 
-/// How many instances the engine makes room for, and how large they may grow.
-#[derive(Clone, Copy, Debug)]
-pub struct Capacity {
-    /// Instances that can exist at a time.
-    pub instances: u32,
-    /// Linear memory of one instance in bytes.
-    pub memory: u64,
-}
-
 /// The settings that machine code depends on. The process that compiles and
 /// the one that runs must agree on them; `Engine::precompile_compatibility_hash`
 /// covers them and names the cache entry.
@@ -71,14 +62,14 @@ pub fn compiler() -> Result<Engine> {
     Engine::new(&code_config())
 }
 
-/// An engine that runs instances from a pool of preallocated slots.
+/// An engine that runs up to `instances` instances at a time, from a pool of
+/// preallocated slots. Their memory is limited by each store, not here.
 ///
 /// # Errors
 ///
 /// If the machine can not reserve the address space.
-pub fn runner(capacity: Capacity) -> Result<Engine> {
+pub fn runner(instances: u32) -> Result<Engine> {
     let mut pool = PoolingAllocationConfig::new();
-    let instances = capacity.instances;
     // One component from componentize-py is 14 core modules with one memory
     // and one large table; the rest is room for other tools' output.
     pool.total_component_instances(instances)
@@ -94,7 +85,6 @@ pub fn runner(capacity: Capacity) -> Result<Engine> {
         .max_component_instance_size(8 << 20)
         .max_core_instance_size(4 << 20)
         .table_elements(TABLE_ELEMENTS)
-        .max_memory_size(usize::try_from(capacity.memory).unwrap_or(usize::MAX))
         // A slot that is used again is reset by copying back the pages that
         // the last guest changed, found by the kernel's PAGEMAP_SCAN where it
         // has that (Linux 6.7), instead of dropping and faulting in every page.

@@ -5,7 +5,7 @@ use anyhow::{Context as _, Result};
 use crate::app::{self, LoadedApp};
 use crate::cli::ExecArgs;
 use crate::deadline::Elapsed;
-use crate::engine::{self, Capacity, EpochTicker};
+use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
 use crate::instance::{Instance, Streams};
 
@@ -15,8 +15,7 @@ use crate::instance::{Instance, Streams};
 ///
 /// A [`UserError`] if the app or an option is not usable, or the time ran out.
 pub fn run(args: &ExecArgs) -> Result<u8> {
-    let capacity = Capacity { instances: 1, memory: args.grants.memory.0 };
-    let engine = engine::runner(capacity)
+    let engine = engine::runner(1)
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instance")?;
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;

@@ -96,6 +96,7 @@ async fn respond(
         app: Arc::clone(app),
         id,
         method: parts.method.clone(),
+        failed: None,
     };
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, body) => Ok(head.into_response(ResponseBody::Complete(Some(body)))),
@@ -134,6 +135,9 @@ pub struct Running {
     app: Arc<App>,
     id: RequestId,
     method: Method,
+    /// Why the response can not be completed, and whether hyper has had its
+    /// chance to send what came before.
+    failed: Option<(Failure, bool)>,
 }
 
 /// What a guest comes up with first.
@@ -163,15 +167,26 @@ impl Running {
                 Ok(Event::Chunk(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
                 Ok(Event::End) => return Poll::Ready(None),
                 Ok(Event::Head(_)) => continue,
-                Err(_) if self.call.is_none() => return Poll::Ready(None),
                 Err(_) => {}
+            }
+            match &mut self.failed {
+                Some((failure, true)) => return Poll::Ready(Some(Err(*failure))),
+                // hyper buffers. What the app sent before it failed goes out
+                // first: hyper writes when a body has nothing ready.
+                Some((_, flushed)) => {
+                    *flushed = true;
+                    context.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
+                None if self.call.is_none() => return Poll::Ready(None),
+                None => {}
             }
             match self.poll_call(context) {
                 Poll::Ready(Err(failure)) => {
                     log(&self.app, self.id, &self.method, failure);
-                    // hyper aborts the connection: the client can tell a
-                    // broken body from a whole one.
-                    return Poll::Ready(Some(Err(failure)));
+                    // In the end hyper aborts the connection: the client can
+                    // tell a broken body from a whole one.
+                    self.failed = Some((failure, false));
                 }
                 Poll::Ready(Ok(_)) => {}
                 // The guest may have sent something before it had to wait.
@@ -287,8 +302,8 @@ fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
 fn log(app: &App, request: RequestId, method: &Method, failure: Failure) {
     let app = app.pool.name();
     if failure.is_servers_fault() {
-        tracing::error!(app, %request, %method, "{failure}");
+        tracing::error!(%app, %request, %method, "{failure}");
     } else {
-        tracing::info!(app, %request, %method, "{failure}");
+        tracing::info!(%app, %request, %method, "{failure}");
     }
 }

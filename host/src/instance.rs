@@ -174,7 +174,7 @@ impl Instance {
             Ok(Err(error)) if error.is::<Elapsed>() => return Err(Failure::Timeout),
             Err(Elapsed) => return Err(Failure::Timeout),
             Ok(Err(trap)) => {
-                tracing::error!(app = %state.name, %request, "the guest trapped: {trap:?}");
+                tracing::error!(app = %state.name, %request, "the guest trapped: {trap:#}");
                 return Err(Failure::Trap);
             }
         };

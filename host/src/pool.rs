@@ -112,7 +112,7 @@ impl Pool {
         let instance = match resting {
             Some(instance) => instance,
             None => self.start().await.map_err(|error| {
-                tracing::error!(app = %self.grants.name, "failed to start an instance: {error:?}");
+                tracing::error!(app = %self.grants.name, "failed to start an instance: {error:#}");
                 Failure::CannotStart
             })?,
         };

@@ -22,7 +22,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::app::{self, LoadedApp};
 use crate::cli::ServeArgs;
-use crate::engine::{self, Capacity, EpochTicker};
+use crate::engine::{self, EpochTicker};
 use crate::environ::Connection;
 use crate::error::UserError;
 use crate::handler::{self, App, RequestLimits};
@@ -46,11 +46,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         isolation: args.isolation,
         max_requests: args.max_requests,
     };
-    let capacity = Capacity {
-        instances: u32::try_from(settings.capacity()).unwrap_or(u32::MAX),
-        memory: args.grants.memory.0,
-    };
-    let engine = engine::runner(capacity)
+    let engine = engine::runner(u32::try_from(settings.capacity()).unwrap_or(u32::MAX))
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
@@ -181,8 +177,8 @@ async fn converse(
         // Without a timer hyper ignores the timeout.
         .timer(TokioTimer::new())
         .header_read_timeout(server.header_timeout)
+        // Not `pipeline_flush`: with it hyper buffers bodies without a bound.
         .max_buf_size(CONNECTION_BUFFER)
-        .pipeline_flush(true)
         .serve_connection(stream, service);
     let mut conversation = std::pin::pin!(conversation);
     let result = tokio::select! {

@@ -39,14 +39,14 @@ fn what_breaks_pep_3333_is_a_500_and_never_a_trap() {
         ("/hop-by-hop", "Transfer-Encoding"),
         ("/bad-status", "status"),
         ("/recurse", "RecursionError"),
-        ("/recurse-in-c", "RecursionError"),
     ] {
         let response = server.get(path);
         let id = assert_refusal(&server, &response, 500);
         server.wait_for_log(&[&id, logged]);
         assert!(response.headers.iter().all(|(name, _)| name != "set-cookie"), "{path}");
     }
-    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    // Deep in C code, which has other limits than Python code has.
+    assert_eq!(server.get("/recurse-in-c").ok(), "[[[[[[[[[[");
     let log = server.finish();
     assert!(!log.contains("trapped"), "{log}");
 }

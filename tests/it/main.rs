@@ -16,6 +16,8 @@ mod adapter;
 mod build;
 /// What an app may do wrong or slowly, and what the client then sees.
 mod failures;
+/// Web frameworks as they are, doing what they are used for.
+mod frameworks;
 /// Starts the binary, speaks HTTP with it, shows its log on failure.
 mod harness;
 /// Environ, bodies and headers as an app sees them.

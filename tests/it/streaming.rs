@@ -67,6 +67,19 @@ fn large_bodies_arrive_unchanged() {
 }
 
 #[test]
+fn bodies_leave_no_memory_behind() {
+    let server = Server::start("behaviours", &["--instances", "1"]);
+    assert_eq!(server.get("/served").ok(), "1");
+    let mut connection = server.connect();
+    for _ in 0..300 {
+        connection.send_request("GET", "/large-whole?900000", &[], b"");
+        assert_eq!(connection.read_response("GET").body.len(), 900_000);
+    }
+    assert_eq!(server.get("/served").ok(), "2", "the instance was replaced because it had grown");
+    server.finish();
+}
+
+#[test]
 fn each_piece_is_sent_before_the_next_is_made() {
     let server = Server::start("behaviours", &[]);
     let mut connection = server.connect();
