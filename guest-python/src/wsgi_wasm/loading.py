@@ -170,6 +170,10 @@ def _find(module: ModuleType) -> tuple[Any, str]:
         if callable(value) and getattr(value, "__module__", None) == module.__name__
     ]  # fmt: skip
     have = f"; it defines {', '.join(f'`{name}`' for name in found[:8])}" if found else ""
+    for name in _NAMES:
+        value = getattr(module, name, None)
+        if value is not None and not isinstance(value, ModuleType):
+            have += f"; its `{name}` is not callable but {type(value).__name__}"
     raise LoadError(
         f"module `{module.__name__}` has none of {tried}{have}",
         "callable",

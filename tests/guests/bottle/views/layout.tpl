@@ -1,0 +1,2 @@
+<title>{{title or "untitled"}}</title>
+<main>{{!base}}</main>
