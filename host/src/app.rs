@@ -10,7 +10,7 @@ use wasmtime::Engine;
 use crate::artifact::Artifact;
 use crate::build::{self, BuildOptions, Progress};
 use crate::cache::Cache;
-use crate::cli::{GrantArgs, ProjectArgs};
+use crate::cli::{GrantArgs, SourceArgs};
 use crate::code;
 use crate::error::UserError;
 use crate::files::Files;
@@ -32,9 +32,14 @@ pub struct LoadedApp {
 ///
 /// A [`UserError`] if there is no such app, it does not build, or it is not
 /// one of ours.
-pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantArgs) -> Result<LoadedApp> {
+pub fn load(
+    engine: &Engine,
+    name: Option<&str>,
+    source: &SourceArgs,
+    grants: &GrantArgs,
+) -> Result<LoadedApp> {
     let cache = Cache::open()?;
-    let path = locate(&cache, name, project, grants)?;
+    let path = locate(&cache, name, source)?;
     let artifact = Artifact::open(&path)?;
     let component = code::load(engine, &cache, &artifact, &|step| {
         tracing::info!("{step}; later starts reuse the result");
@@ -47,8 +52,8 @@ pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantAr
     let mut environment =
         artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
     environment.extend(grants.env.iter().cloned());
-    let stem = Path::new(name).file_stem().map_or(name.into(), |stem| stem.to_string_lossy());
-    let name = if stem.is_empty() { "app".into() } else { stem };
+    let name =
+        name.map(Path::new).and_then(Path::file_stem).map_or("app".into(), |stem| stem.to_string_lossy());
     let grants = Grants {
         name: Arc::from(&*name),
         memory: usize::try_from(grants.memory.0).unwrap_or(usize::MAX),
@@ -59,11 +64,19 @@ pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantAr
 }
 
 /// The artifact that `name` stands for.
-fn locate(cache: &Cache, name: &str, project: &ProjectArgs, grants: &GrantArgs) -> Result<PathBuf> {
+fn locate(cache: &Cache, name: Option<&str>, source: &SourceArgs) -> Result<PathBuf> {
+    let named_directory = source.build.dir.as_deref();
+    let build = |application, directory| {
+        let options =
+            BuildOptions { application, directory, project: &source.build, environment: &source.build_env };
+        build::build(cache, &options, &Progress::new())
+    };
+    let Some(name) = name else {
+        return build(None, named_directory.unwrap_or(Path::new(".")));
+    };
     let path = Path::new(name);
-    let looks_like_a_file = path.is_file() || path.extension().is_some_and(|extension| extension == "wasm");
-    if looks_like_a_file {
-        if let Some(option) = project.given() {
+    if path.is_file() || path.extension().is_some_and(|extension| extension == "wasm") {
+        if let Some(option) = source.given() {
             return Err(UserError::new(format!(
                 "`{option}` has no effect on `{name}`, which is built already"
             ))
@@ -72,22 +85,23 @@ fn locate(cache: &Cache, name: &str, project: &ProjectArgs, grants: &GrantArgs) 
         }
         return Ok(path.to_path_buf());
     }
-    let (application, directory) = if path.is_dir() {
-        if project.dir.is_some() {
+    if path.is_dir() {
+        if named_directory.is_some() {
             return Err(UserError::new(format!("`{name}` is a directory, and `--dir` names another one"))
                 .remedy("give one of the two")
                 .into());
         }
-        (None, path)
-    } else if name.contains('/') {
-        return Err(UserError::new(format!("there is no file or directory `{name}`"))
-            .remedy("build an app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
-            .into());
-    } else {
-        (Some(name), project.dir.as_deref().unwrap_or(Path::new(".")))
-    };
-    let options = BuildOptions { application, directory, project, environment: &grants.env };
-    build::build(cache, &options, &Progress::new())
+        return build(None, path);
+    }
+    if let Some((directory, module)) = name.rsplit_once('/') {
+        let remedy = if Path::new(directory).is_dir() {
+            format!("write `{module} --dir {directory}`")
+        } else {
+            "build an app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`".into()
+        };
+        return Err(UserError::new(format!("there is no file or directory `{name}`")).remedy(remedy).into());
+    }
+    build(Some(name), named_directory.unwrap_or(Path::new(".")))
 }
 
 /// Why the first instance could not be made, for the user.

@@ -258,7 +258,8 @@ impl Artifact {
     /// A [`UserError`] if there is no such file, or it is not a whole component.
     pub fn open(path: &Path) -> Result<Artifact> {
         let bytes = fs::read(path).map_err(|error| {
-            UserError::new(format!("can not read the app `{}`: {error}", path.display()))
+            let reason = if path.is_dir() { "it is a directory".into() } else { error.to_string() };
+            UserError::new(format!("can not read the app `{}`: {reason}", path.display()))
                 .remedy("build one with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
         })?;
         Artifact::parse(path, bytes)

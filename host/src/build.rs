@@ -63,17 +63,12 @@ pub struct BuildOptions<'a> {
 pub fn run(args: &BuildArgs) -> Result<()> {
     let cache = Cache::open()?;
     let progress = Progress::new();
-    let directory = args.project.dir.clone().unwrap_or_else(|| ".".into());
-    let built = build(
-        &cache,
-        &BuildOptions {
-            application: args.application.as_deref(),
-            directory: &directory,
-            project: &args.project,
-            environment: &args.env,
-        },
-        &progress,
-    )?;
+    let (application, directory) = match (args.application.as_deref(), args.project.dir.as_deref()) {
+        (Some(named), None) if Path::new(named).is_dir() => (None, Path::new(named)),
+        (application, directory) => (application, directory.unwrap_or(Path::new("."))),
+    };
+    let options = BuildOptions { application, directory, project: &args.project, environment: &args.env };
+    let built = build(&cache, &options, &progress)?;
     write_output(&built, &args.output)?;
     let size = fs::metadata(&args.output).map_or(0, |metadata| metadata.len());
     progress.step(&format!("wrote {} ({})", args.output.display(), units::approximate(size)));
@@ -166,8 +161,11 @@ fn find_requirements(directory: &Path, named: Option<&Path>) -> Result<Requireme
 
 /// The project's files that go into the app.
 fn project_files(directory: &Path, exclude: &[String]) -> Result<Vec<PathBuf>> {
-    let mut bytes = 0;
+    let (mut count, mut bytes) = (0, 0);
     let files = walk(directory, Links::Follow, &mut |relative, metadata| {
+        if count > MAX_FILES || bytes > MAX_BYTES {
+            return false;
+        }
         let name = relative.file_name().map(OsStr::to_string_lossy).unwrap_or_default();
         // Dot files hold secrets (`.env`) and histories (`.git`) more often
         // than something that an app reads.
@@ -182,16 +180,16 @@ fn project_files(directory: &Path, exclude: &[String]) -> Result<Vec<PathBuf>> {
                 matches_pattern(pattern, &name) || matches_pattern(pattern, &relative.to_string_lossy())
             });
         if !left_out && metadata.is_file() {
+            count += 1;
             bytes += metadata.len();
         }
         !left_out
     })?;
-    if files.len() > MAX_FILES || bytes > MAX_BYTES {
+    if count > MAX_FILES || bytes > MAX_BYTES {
         return Err(UserError::new(format!(
-            "`{}` holds {} files with {}, more than an app may have",
+            "`{}` holds more than an app may have: {MAX_FILES} files with {}",
             directory.display(),
-            files.len(),
-            units::approximate(bytes)
+            units::approximate(MAX_BYTES)
         ))
         .remedy("name the project's own directory with `--dir`, or leave things out with `--exclude`")
         .into());

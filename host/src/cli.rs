@@ -41,7 +41,7 @@ pub enum Command {
 /// Options of `build`.
 #[derive(Debug, Args)]
 pub struct BuildArgs {
-    /// The WSGI callable: `module`, `module:callable` or `module:factory()`
+    /// The WSGI callable: `module`, `module:callable` or `module:factory()`; or the project's directory
     ///
     /// Without a callable, `app` and then `application` is taken. Without a
     /// module, `wsgi.py`, `app.py` and `main.py` are looked for, and the WSGI
@@ -79,9 +79,10 @@ pub struct ProjectArgs {
 /// Options of `serve`.
 #[derive(Debug, Args)]
 pub struct ServeArgs {
-    /// A built app, a project's directory, or a WSGI callable, which is built first
-    #[arg(value_name = "APP.wasm | DIR | MODULE[:CALLABLE]", default_value = ".")]
-    pub app: String,
+    /// A built app, a project's directory, or a WSGI callable, which is built first [default: the
+    /// project in the current directory]
+    #[arg(value_name = "APP.wasm | DIR | MODULE[:CALLABLE]")]
+    pub app: Option<String>,
     /// Where to listen: ADDRESS:PORT, with port 0 for any free one, or unix:PATH (repeatable)
     #[arg(short, long, value_name = "ADDRESS", default_value = "127.0.0.1:8000")]
     pub bind: Vec<String>,
@@ -121,17 +122,28 @@ pub struct ServeArgs {
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub grace: Time,
     #[command(flatten)]
-    pub project: ProjectArgs,
+    pub project: SourceArgs,
 }
 
-impl ProjectArgs {
+/// Options for an app that is built before it is used.
+#[derive(Debug, Default, Args)]
+pub struct SourceArgs {
+    #[command(flatten)]
+    pub build: ProjectArgs,
+    /// A variable for the build only (repeatable)
+    #[arg(long, value_name = "KEY=VALUE", value_parser = parse_variable, help_heading = "Build options")]
+    pub build_env: Vec<(String, String)>,
+}
+
+impl SourceArgs {
     /// The name of an option that was given, if any.
     pub fn given(&self) -> Option<&'static str> {
         [
-            (self.dir.is_some(), "--dir"),
-            (self.requirements.is_some(), "--requirements"),
-            (!self.warmup.is_empty(), "--warmup"),
-            (!self.exclude.is_empty(), "--exclude"),
+            (self.build.dir.is_some(), "--dir"),
+            (self.build.requirements.is_some(), "--requirements"),
+            (!self.build.warmup.is_empty(), "--warmup"),
+            (!self.build.exclude.is_empty(), "--exclude"),
+            (!self.build_env.is_empty(), "--build-env"),
         ]
         .into_iter()
         .find_map(|(given, name)| given.then_some(name))
@@ -164,7 +176,7 @@ pub struct ExecArgs {
     #[arg(long, value_name = "TIME")]
     pub timeout: Option<Time>,
     #[command(flatten)]
-    pub project: ProjectArgs,
+    pub project: SourceArgs,
     /// The command: `python FILE ...`, `python -m MODULE ...` or `python -c CODE ...`
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,

@@ -19,7 +19,7 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instance")?;
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
-    let LoadedApp { program, grants } = app::load(&engine, &args.app, &args.project, &args.grants)?;
+    let LoadedApp { program, grants } = app::load(&engine, Some(&args.app), &args.project, &args.grants)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

@@ -71,6 +71,8 @@ fn describe(artifact: &Artifact) -> Result<Description> {
             imports: component_type.imports(&engine).map(|(name, _)| name.to_owned()).collect(),
             exports: component_type
                 .exports(&engine)
+                // componentize-py adds one without a package, which is its own.
+                .filter(|(name, _)| name.contains(':'))
                 .filter(|(_, item)| {
                     matches!(item.ty, ComponentItem::ComponentInstance(_) | ComponentItem::ComponentFunc(_))
                 })

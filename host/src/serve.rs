@@ -50,7 +50,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
-    let LoadedApp { program, grants } = app::load(&engine, &args.app, &args.project, &args.grants)?;
+    let LoadedApp { program, grants } = app::load(&engine, args.app.as_deref(), &args.project, &args.grants)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()

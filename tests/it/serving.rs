@@ -119,6 +119,10 @@ fn bad_input_is_refused_before_anything_listens() {
 
     serve(&["missing.wasm"]).refused(&["missing.wasm", "No such file", "help:"]);
     serve(&["no/such/directory"]).refused(&["no/such/directory", "help:"]);
+    let mistaken = format!("{}:app", guest_sources("behaviours").display());
+    serve(&[&mistaken]).refused(&["behaviours:app", "write `behaviours:app --dir "]);
+    let sources = guest_sources("behaviours");
+    run(wsgi_wasm().arg("inspect").arg(&sources)).refused(&["it is a directory", "help:"]);
     serve(&[&file("text.wasm", b"hello")]).refused(&["text.wasm", "not a WebAssembly component", "help:"]);
     serve(&[&file("core.wasm", b"\0asm\x01\0\0\0")]).refused(&["core WebAssembly module", "help:"]);
     serve(&[&file("other.wasm", b"\0asm\x0d\0\x01\0")]).refused(&["not a WSGI app for this host", "help:"]);

@@ -30,7 +30,11 @@ def run(arguments: list[str]) -> int:
     try:
         program = os.path.basename(arguments[0]) if arguments else ""
         if program not in ("python", "python3", f"python3.{sys.version_info[1]}"):
-            print(f"only `python` can be run here, not {program!r}", file=sys.stderr)
+            print(
+                f"only `python` can be run here, not {program!r}; "
+                "write `python FILE` or `python -m MODULE`",
+                file=sys.stderr,
+            )
             status = 127  # The shell's for a command that it does not find.
         else:
             status = _python(arguments[1:])

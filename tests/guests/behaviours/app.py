@@ -94,6 +94,11 @@ def stream(environ, start_response):
     return Pieces(3)
 
 
+def stream_exact(environ, start_response):
+    start_response("200 OK", [("Content-Length", "24")])
+    return Pieces(3)
+
+
 def stream_for_ever(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     return Pieces(1_000_000, 0.01)
@@ -407,7 +412,7 @@ def cpu_hash(environ, start_response):
 ROUTES = {
     "/" + function.__name__.replace("_", "-"): function
     for function in (
-        hello, show_environ, echo, count, count_only, lines, ignore_body, large, large_whole, stream,
+        hello, show_environ, echo, count, count_only, lines, ignore_body, large, large_whole, stream, stream_exact,
         stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
         hop_by_hop, bad_status, recurse, recurse_in_c, spin, sleep, sleep_for_ever, compute, allocate,
