@@ -10,6 +10,8 @@ mod build;
 mod cache;
 mod cli;
 mod code;
+#[allow(dead_code)]
+mod config;
 mod deadline;
 mod engine;
 mod environ;

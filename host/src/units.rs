@@ -103,6 +103,30 @@ impl fmt::Display for Time {
     }
 }
 
+/// Reads a unit of ours from a string in a configuration file.
+macro_rules! from_string {
+    ($type:ty, $pattern:literal) => {
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+
+        impl schemars::JsonSchema for $type {
+            fn schema_name() -> std::borrow::Cow<'static, str> {
+                stringify!($type).into()
+            }
+
+            fn json_schema(_: &mut schemars::SchemaGenerator) -> schemars::Schema {
+                schemars::json_schema!({ "type": "string", "pattern": $pattern })
+            }
+        }
+    };
+}
+from_string!(Size, "^[0-9]+ ?(B|KiB|MiB|GiB|TiB|kB|KB|MB|GB)?$");
+from_string!(Time, "^[0-9]+ ?(ms|s|m|min|h)$");
+
 /// Splits `128MiB` into `128` and `MiB`.
 fn split_unit(text: &str) -> (&str, &str) {
     let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
