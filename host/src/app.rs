@@ -15,6 +15,7 @@ use crate::code;
 use crate::error::UserError;
 use crate::files::Files;
 use crate::instance::{Grants, Program};
+use crate::scheduler::{Scheduler, Share};
 use crate::units::Size;
 
 /// An app ready to be instantiated.
@@ -59,6 +60,8 @@ pub fn load(
         memory: usize::try_from(grants.memory.0).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
+        share: Share::new(1, None),
+        scheduler: Scheduler::new(),
     };
     Ok(LoadedApp { program, grants })
 }

@@ -100,6 +100,9 @@ pub struct ServeArgs {
     /// Time that the app may take until its response starts, and for each piece of it
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub timeout: Time,
+    /// Processor time that one request may take [default: no limit]
+    #[arg(long, value_name = "TIME")]
+    pub cpu: Option<Time>,
     /// Largest request body
     #[arg(long, value_name = "SIZE", default_value = "16MiB")]
     pub max_body: Size,

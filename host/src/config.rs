@@ -296,8 +296,7 @@ impl HostPattern {
         let valid = !name.is_empty()
             && name.len() <= 253
             && name.split('.').all(|label| {
-                !label.is_empty()
-                    && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
+                !label.is_empty() && label.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
             });
         // An IPv6 address stands in brackets, as in a Host header.
         let address = name.starts_with('[') && name.ends_with(']');
@@ -535,8 +534,9 @@ fn resolve_tenant(
             Err(problem) => note(format!("secret `{key}`: {problem}")),
         }
     }
-    if let Some(key) =
-        environment.iter().find_map(|(key, value)| (key.is_empty() || key.contains('=') || value.contains('\0')).then_some(key))
+    if let Some(key) = environment
+        .iter()
+        .find_map(|(key, value)| (key.is_empty() || key.contains('=') || value.contains('\0')).then_some(key))
     {
         note(format!("`{key}` can not be an environment variable"));
     }
@@ -561,7 +561,10 @@ fn resolve_tenant(
         note("it needs at least one instance, for at least one request".into());
     }
     if instances.min > instances.max {
-        note(format!("the least number of instances, {}, is above the most, {}", instances.min, instances.max));
+        note(format!(
+            "the least number of instances, {}, is above the most, {}",
+            instances.min, instances.max
+        ));
     }
     let weight = section.weight.unwrap_or(1);
     if weight == 0 || weight > 1000 {
@@ -586,8 +589,10 @@ fn resolve_tenant(
 }
 
 fn resolve_limits(own: &LimitsSection, shared: &LimitsSection) -> Limits {
-    let size = |own: Option<Size>, shared: Option<Size>, default| own.or(shared).map_or(default, |size| size.0);
-    let time = |own: Option<Time>, shared: Option<Time>, default| own.or(shared).map_or(default, |time| time.0);
+    let size =
+        |own: Option<Size>, shared: Option<Size>, default| own.or(shared).map_or(default, |size| size.0);
+    let time =
+        |own: Option<Time>, shared: Option<Time>, default| own.or(shared).map_or(default, |time| time.0);
     let optional = |own: Option<Time>, shared: Option<Time>| own.or(shared).map(|time| time.0);
     Limits {
         memory: size(own.memory, shared.memory, DEFAULT_LIMITS.memory),
@@ -606,7 +611,8 @@ fn read_secret(source: &SecretSource, directory: &Path) -> Result<String, String
     match source {
         SecretSource::File(path) => {
             let path = directory.join(path);
-            let text = fs::read_to_string(&path).map_err(|error| format!("can not read `{}`: {error}", path.display()))?;
+            let text = fs::read_to_string(&path)
+                .map_err(|error| format!("can not read `{}`: {error}", path.display()))?;
             Ok(text.strip_suffix('\n').unwrap_or(&text).to_owned())
         }
         SecretSource::Env(name) => {
@@ -730,11 +736,17 @@ mod tests {
         .unwrap();
         assert!(config.control.unwrap().ends_with("control.sock"));
         let [acme, other] = &config.tenants[..] else { panic!() };
-        assert_eq!(acme.hosts, [HostPattern::Exact("acme.example".into()), HostPattern::Below(".acme.example".into())]);
+        assert_eq!(
+            acme.hosts,
+            [HostPattern::Exact("acme.example".into()), HostPattern::Below(".acme.example".into())]
+        );
         assert_eq!((&*acme.path, acme.weight, acme.isolation), ("/shop", 2, Isolation::Request));
         assert_eq!(acme.limits.memory, 256 << 20);
         assert_eq!(acme.limits.timeout, Duration::from_secs(10));
-        assert_eq!(acme.instances, Instances { min: 1, max: 8, requests: 100, idle: Duration::from_secs(60) });
+        assert_eq!(
+            acme.instances,
+            Instances { min: 1, max: 8, requests: 100, idle: Duration::from_secs(60) }
+        );
         assert_eq!(acme.environment.0["KEY"], "hidden");
         assert!(!format!("{acme:?}").contains("hidden"), "a secret is shown");
         assert_eq!((other.limits.memory, other.instances.max), (64 << 20, 4));

@@ -4,7 +4,7 @@ use anyhow::{Context as _, Result};
 
 use crate::app::{self, LoadedApp};
 use crate::cli::ExecArgs;
-use crate::deadline::Elapsed;
+use crate::clock::Elapsed;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
 use crate::instance::{Instance, Streams};

@@ -38,6 +38,8 @@ pub struct RequestLimits {
     /// Time that the guest may take until the head of its response, and again
     /// for each piece of the body.
     pub timeout: Duration,
+    /// Processor time that one request may take.
+    pub cpu: Option<Duration>,
     /// Time that a client may send or take no byte of a body.
     pub client_idle: Duration,
 }
@@ -89,7 +91,15 @@ async fn respond(
     let lease = app.pool.lease().await?;
     let (sender, events) = mpsc::channel(1);
     let exchange = Exchange::new(body, sender, app.limits.client_idle);
-    let call = call(lease, id, parts.method.clone(), environ, inline, exchange, app.limits.timeout);
+    let call = call(
+        lease,
+        id,
+        parts.method.clone(),
+        environ,
+        inline,
+        exchange,
+        (app.limits.timeout, app.limits.cpu),
+    );
     let mut running = Running {
         call: Some(Box::pin(call)),
         events,
@@ -112,10 +122,10 @@ async fn call(
     environ: Vec<u8>,
     body: Bytes,
     exchange: Exchange,
-    timeout: Duration,
+    limits: (Duration, Option<Duration>),
 ) -> Result<Reply, Failure> {
     let instance = lease.instance().ok_or(Failure::CannotStart)?;
-    let outcome = instance.handle(id, &method, &environ, &body, exchange, timeout).await;
+    let outcome = instance.handle(id, &method, &environ, &body, exchange, limits).await;
     if !matches!(outcome, Err(Failure::Trap | Failure::Timeout)) {
         lease.give_back();
     }

@@ -1,6 +1,6 @@
 //! One guest: a store with its grants and limits, and the calls into it.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -9,7 +9,7 @@ use wasmtime::component::{Component, HasSelf, Linker, ResourceTable};
 use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
-use crate::deadline::{Deadline, Elapsed};
+use crate::clock::{Clock, Elapsed};
 use crate::engine::{HOSTCALL_FUEL, MAX_RESOURCES};
 use crate::exchange::{self, Exchange, Head, SendError};
 use crate::failure::Failure;
@@ -17,6 +17,7 @@ use crate::files::{FileSpace, Files};
 use crate::guest_log::GuestLog;
 use crate::key_derivation::{self, Digest, Refusal};
 use crate::request_id::RequestId;
+use crate::scheduler::{Scheduler, Share, Slot};
 
 mod bindings {
     //! The WIT contract as Rust types and traits.
@@ -50,6 +51,10 @@ pub struct Grants {
     pub environment: Vec<(String, String)>,
     /// Mounted directories.
     pub files: Arc<Files>,
+    /// The app's part in the use of the processors.
+    pub share: Arc<Share>,
+    /// Who hands out the processors.
+    pub scheduler: Arc<Scheduler>,
 }
 
 /// An app's code, linked with the host and ready to be instantiated.
@@ -106,7 +111,6 @@ impl Instance {
     ///
     /// If the program needs more than its grants, or the pool is full.
     pub async fn new(program: &Program, grants: &Grants, streams: Streams) -> wasmtime::Result<Instance> {
-        let deadline = Deadline::never();
         let log = GuestLog::new(Arc::clone(&grants.name));
         let space = grants.files.take().map_err(wasmtime::Error::from_anyhow)?;
         let mut wasi = WasiCtxBuilder::new();
@@ -123,7 +127,13 @@ impl Instance {
             wasi,
             resources,
             limits: Limits { memory: grants.memory, memory_used: 0, table_elements_used: 0 },
-            deadline: deadline.clone(),
+            clock: Clock::new(),
+            turn: Turn {
+                slot: Arc::default(),
+                charged: 0,
+                share: Arc::clone(&grants.share),
+                scheduler: Arc::clone(&grants.scheduler),
+            },
             log,
             name: Arc::clone(&grants.name),
             exchange: None,
@@ -139,7 +149,8 @@ impl Instance {
         Ok(Instance { store, guest, requests: 0 })
     }
 
-    /// Lets the guest answer one request within `limit` of its own time.
+    /// Lets the guest answer one request within `limit` of its own time and
+    /// `cpu` of processor time.
     ///
     /// After [`Failure::Trap`] and [`Failure::Timeout`], or if the future is
     /// dropped, the instance is broken and must be dropped too.
@@ -154,19 +165,25 @@ impl Instance {
         environ: &[u8],
         body: &[u8],
         exchange: Exchange,
-        limit: Duration,
+        (limit, cpu): (Duration, Option<Duration>),
     ) -> Result<Reply, Failure> {
         self.requests += 1;
         let state = self.store.data_mut();
         state.log.begin(request);
         state.exchange = Some(exchange);
-        let deadline = state.deadline.clone();
-        deadline.set(Some(limit));
+        let (clock, slot) = (state.clock.clone(), Arc::clone(&state.turn.slot));
+        if state.turn.scheduler.is_ahead(&state.turn.share) {
+            put(&slot, Some(state.turn.wait().await));
+        }
+        let state = self.store.data_mut();
+        state.turn.charged = 0;
+        clock.start(Some(limit), cpu);
         self.store.set_epoch_deadline(1);
         let handler = self.guest.wsgi_wasm_gateway_handler();
-        let outcome = deadline.enforce(handler.call_handle(&mut self.store, environ, body)).await;
-        deadline.set(None);
+        let call = handler.call_handle(&mut self.store, environ, body);
+        let outcome = clock.enforce(call, || put(&slot, None)).await;
         let state = self.store.data_mut();
+        state.turn.charge(&clock);
         state.log.end();
         let exchange = state.exchange.take().ok_or(Failure::Trap)?;
         let returned = match outcome {
@@ -201,11 +218,13 @@ impl Instance {
         arguments: &[String],
         limit: Option<Duration>,
     ) -> wasmtime::Result<u8> {
-        let deadline = self.store.data().deadline.clone();
-        deadline.set(limit);
+        let clock = self.store.data().clock.clone();
+        clock.start(limit, None);
         self.store.set_epoch_deadline(1);
         let command = self.guest.wsgi_wasm_gateway_command();
-        deadline.enforce(command.call_run(&mut self.store, arguments)).await.map_err(wasmtime::Error::from)?
+        let slot = Arc::clone(&self.store.data().turn.slot);
+        let run = command.call_run(&mut self.store, arguments);
+        clock.enforce(run, || put(&slot, None)).await.map_err(wasmtime::Error::from)?
     }
 
     /// How many requests the instance has worked on.
@@ -222,11 +241,53 @@ impl Instance {
 /// Runs in the guest's fiber at the first loop or call after each tick: other
 /// tasks of this thread get their turn, and a guest without time left stops.
 #[expect(clippy::needless_pass_by_value, reason = "the type that wasmtime calls")]
-fn on_epoch(store: StoreContextMut<'_, HostState>) -> wasmtime::Result<UpdateDeadline> {
-    if store.data().deadline.passed() {
+fn on_epoch(mut store: StoreContextMut<'_, HostState>) -> wasmtime::Result<UpdateDeadline> {
+    let state = store.data_mut();
+    if state.clock.passed() {
         return Err(Elapsed.into());
     }
-    Ok(UpdateDeadline::Yield(1))
+    state.turn.charge(&state.clock);
+    let (slot, turn) = (Arc::clone(&state.turn.slot), state.turn.wait());
+    Ok(UpdateDeadline::YieldCustom(
+        1,
+        Box::pin(async move {
+            // Other tasks of this thread first, also if there is a free slot.
+            tokio::task::yield_now().await;
+            put(&slot, Some(turn.await));
+        }),
+    ))
+}
+
+/// A guest's place in the queue for the processors.
+struct Turn {
+    /// The slot that the guest computes in, if it needed one. Given back each
+    /// time that it stops computing.
+    slot: Arc<Mutex<Option<Slot>>>,
+    /// Microseconds of this request's processor time that the tenant was
+    /// charged for.
+    charged: u64,
+    share: Arc<Share>,
+    scheduler: Arc<Scheduler>,
+}
+
+impl Turn {
+    /// Charges the tenant for what came up since the last time.
+    fn charge(&mut self, clock: &Clock) {
+        let used = clock.cpu_used();
+        self.share.charge(used.saturating_sub(self.charged));
+        self.charged = used;
+    }
+
+    /// Waits for the tenant's turn.
+    fn wait(&self) -> impl Future<Output = Slot> + Send + use<> {
+        Arc::clone(&self.scheduler).turn(Arc::clone(&self.share))
+    }
+}
+
+/// Puts a slot in its place, or gives the one that is there back.
+fn put(place: &Mutex<Option<Slot>>, slot: Option<Slot>) {
+    let before = std::mem::replace(&mut *place.lock().unwrap_or_else(PoisonError::into_inner), slot);
+    drop(before);
 }
 
 /// What the host keeps for one instance.
@@ -234,7 +295,8 @@ pub struct HostState {
     wasi: WasiCtx,
     resources: ResourceTable,
     limits: Limits,
-    deadline: Deadline,
+    clock: Clock,
+    turn: Turn,
     log: GuestLog,
     name: Arc<str>,
     /// The request that the guest works on.
@@ -292,7 +354,7 @@ impl request_body::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(request_body::ReadError::Unavailable);
         };
-        let _pause = self.deadline.pause();
+        let _pause = self.clock.pause();
         match exchange.body.read(max.min(MAX_READ) as usize).await {
             Ok(bytes) => Ok(bytes.into()),
             Err(Failure::BodyTooLarge) => Err(request_body::ReadError::TooLarge),
@@ -307,7 +369,7 @@ impl response::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let _pause = self.deadline.pause();
+        let _pause = self.clock.pause();
         sent(exchange.start(&head).await)
     }
 
@@ -315,7 +377,7 @@ impl response::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let _pause = self.deadline.pause();
+        let _pause = self.clock.pause();
         sent(exchange.write(chunk).await)
     }
 
@@ -323,7 +385,7 @@ impl response::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let _pause = self.deadline.pause();
+        let _pause = self.clock.pause();
         sent(exchange.finish().await)
     }
 }

@@ -9,10 +9,10 @@ mod artifact;
 mod build;
 mod cache;
 mod cli;
+mod clock;
 mod code;
 #[allow(dead_code)]
 mod config;
-mod deadline;
 mod engine;
 mod environ;
 mod error;
@@ -27,6 +27,7 @@ mod instance;
 mod key_derivation;
 mod pool;
 mod request_id;
+mod scheduler;
 mod serve;
 mod units;
 

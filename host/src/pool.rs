@@ -15,7 +15,9 @@ use crate::failure::Failure;
 use crate::instance::{Grants, Instance, Program, Streams};
 
 /// How far instances are shared.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize, schemars::JsonSchema)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum Isolation {
     /// Instances are reused for the app's next requests.

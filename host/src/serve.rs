@@ -27,6 +27,7 @@ use crate::environ::Connection;
 use crate::error::UserError;
 use crate::handler::{self, App, RequestLimits};
 use crate::pool::{Pool, PoolSettings};
+use crate::scheduler::processors;
 
 /// Bytes of a request's head that hyper buffers, and of a response before it
 /// writes. Its least is 8 KiB.
@@ -52,6 +53,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let LoadedApp { program, grants } = app::load(&engine, args.app.as_deref(), &args.project, &args.grants)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
+        // Twice as many threads as guests may compute on for long: see `scheduler`.
+        .worker_threads(2 * processors())
         .enable_all()
         .build()
         .context("failed to start the runtime")?;
@@ -61,6 +64,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let limits = RequestLimits {
             body: args.max_body.0,
             timeout: args.timeout.0,
+            cpu: args.cpu.map(|time| time.0),
             client_idle: args.client_timeout.0,
         };
         let server = Server {

@@ -1,0 +1,239 @@
+//! The time of one guest: how long it may take, and how long it computed.
+//!
+//! Two clocks enforce the deadline. The epoch reaches a guest that computes,
+//! at its next loop or call. A timer outside reaches one that waits in a host
+//! function. Neither alone is enough.
+//!
+//! The deadline runs only while the guest is at work: waiting for a slow
+//! client has its own limit, so that a large download over a slow line is not
+//! cut. Processor time is the time spent in polls of the guest's future.
+
+use std::future::{Future, poll_fn};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::Poll;
+use std::time::{Duration, Instant};
+
+/// The clock of one guest. Clones are the same clock.
+#[derive(Clone, Debug)]
+pub struct Clock(Arc<Shared>);
+
+/// All times are microseconds after `base`, or lengths in microseconds.
+#[derive(Debug)]
+struct Shared {
+    base: Instant,
+    /// When the guest's time is up, or [`NEVER`].
+    deadline: AtomicU64,
+    /// Processor time that the request may take, or [`NEVER`].
+    cpu_limit: AtomicU64,
+    /// Processor time of the request, without the poll that is under way.
+    cpu_used: AtomicU64,
+    /// When the poll that is under way started, or [`NEVER`].
+    polled_at: AtomicU64,
+}
+
+/// No deadline: between requests, while the client is awaited, or for a
+/// command without a limit.
+const NEVER: u64 = u64::MAX;
+
+/// A limit was reached.
+#[derive(Clone, Copy, Debug)]
+pub struct Elapsed;
+
+impl std::fmt::Display for Elapsed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the time limit was reached")
+    }
+}
+
+impl std::error::Error for Elapsed {}
+
+impl Clock {
+    /// A clock without limits.
+    pub fn new() -> Clock {
+        Clock(Arc::new(Shared {
+            base: Instant::now(),
+            deadline: AtomicU64::new(NEVER),
+            cpu_limit: AtomicU64::new(NEVER),
+            cpu_used: AtomicU64::new(0),
+            polled_at: AtomicU64::new(NEVER),
+        }))
+    }
+
+    /// Starts a piece of work that may take `limit` from now, and `cpu` of
+    /// processor time.
+    pub fn start(&self, limit: Option<Duration>, cpu: Option<Duration>) {
+        let deadline = limit.map_or(NEVER, |limit| self.now().saturating_add(microseconds(limit)));
+        self.0.deadline.store(deadline, Ordering::Relaxed);
+        self.0.cpu_limit.store(cpu.map_or(NEVER, microseconds), Ordering::Relaxed);
+        self.0.cpu_used.store(0, Ordering::Relaxed);
+    }
+
+    /// Whether a limit is reached.
+    pub fn passed(&self) -> bool {
+        self.now() >= self.0.deadline.load(Ordering::Relaxed)
+            || self.cpu_used() >= self.0.cpu_limit.load(Ordering::Relaxed)
+    }
+
+    /// Processor time in microseconds since [`Clock::start`].
+    pub fn cpu_used(&self) -> u64 {
+        let polled_at = self.0.polled_at.load(Ordering::Relaxed);
+        let running = if polled_at == NEVER { 0 } else { self.now().saturating_sub(polled_at) };
+        self.0.cpu_used.load(Ordering::Relaxed) + running
+    }
+
+    /// Stops the deadline until the guard is dropped; then the guest has again
+    /// what was left.
+    pub fn pause(&self) -> Pause<'_> {
+        Pause { clock: self, since: self.now(), deadline: self.0.deadline.swap(NEVER, Ordering::Relaxed) }
+    }
+
+    /// Runs `work` until it is done or its time is up. Calls `suspended` each
+    /// time that it stops computing.
+    ///
+    /// # Errors
+    ///
+    /// [`Elapsed`]; `work` is then dropped where it stands.
+    pub async fn enforce<T>(
+        &self,
+        work: impl Future<Output = T>,
+        suspended: impl Fn(),
+    ) -> Result<T, Elapsed> {
+        let mut work = pin!(work);
+        // Most requests are done at the first poll and need no timer.
+        let mut timer: Option<(u64, std::pin::Pin<Box<tokio::time::Sleep>>)> = None;
+        poll_fn(|context| {
+            let started = self.now();
+            self.0.polled_at.store(started, Ordering::Relaxed);
+            let polled = work.as_mut().poll(context);
+            self.0.polled_at.store(NEVER, Ordering::Relaxed);
+            self.0.cpu_used.fetch_add(self.now() - started, Ordering::Relaxed);
+            suspended();
+            if let Poll::Ready(done) = polled {
+                return Poll::Ready(Ok(done));
+            }
+            // The work may have moved the deadline.
+            let at = self.0.deadline.load(Ordering::Relaxed);
+            if at == NEVER {
+                timer = None;
+                return Poll::Pending;
+            }
+            let instant = tokio::time::Instant::from_std(self.0.base + Duration::from_micros(at));
+            let (armed, sleep) =
+                timer.get_or_insert_with(|| (at, Box::pin(tokio::time::sleep_until(instant))));
+            if *armed != at {
+                sleep.as_mut().reset(instant);
+                *armed = at;
+            }
+            sleep.as_mut().poll(context).map(|()| Err(Elapsed))
+        })
+        .await
+    }
+
+    fn now(&self) -> u64 {
+        microseconds(self.0.base.elapsed())
+    }
+}
+
+/// A stopped clock; see [`Clock::pause`].
+#[derive(Debug)]
+pub struct Pause<'a> {
+    clock: &'a Clock,
+    since: u64,
+    deadline: u64,
+}
+
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        if self.deadline != NEVER {
+            let waited = self.clock.now() - self.since;
+            self.clock.0.deadline.store(self.deadline.saturating_add(waited), Ordering::Relaxed);
+        }
+    }
+}
+
+fn microseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(NEVER - 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn block_on<T>(future: impl Future<Output = T>) -> T {
+        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+    }
+
+    #[test]
+    fn work_that_waits_is_stopped() {
+        block_on(async {
+            let clock = Clock::new();
+            clock.start(Some(Duration::from_millis(5)), None);
+            assert!(clock.enforce(std::future::pending::<()>(), || ()).await.is_err());
+            assert!(clock.passed());
+        });
+    }
+
+    #[test]
+    fn time_does_not_run_during_a_pause() {
+        block_on(async {
+            let clock = Clock::new();
+            clock.start(Some(Duration::from_millis(200)), None);
+            let done = clock
+                .enforce(
+                    async {
+                        let pause = clock.pause();
+                        tokio::time::sleep(Duration::from_millis(300)).await;
+                        assert!(!clock.passed());
+                        drop(pause);
+                        7
+                    },
+                    || (),
+                )
+                .await;
+            assert_eq!(done.unwrap(), 7);
+            assert!(!clock.passed());
+        });
+    }
+
+    #[test]
+    fn a_deadline_set_by_the_work_itself_holds() {
+        block_on(async {
+            let clock = Clock::new();
+            let stopped = clock
+                .enforce(
+                    async {
+                        tokio::task::yield_now().await;
+                        clock.start(Some(Duration::from_millis(5)), None);
+                        std::future::pending::<()>().await;
+                    },
+                    || (),
+                )
+                .await;
+            assert!(stopped.is_err());
+        });
+    }
+
+    #[test]
+    fn processor_time_is_what_polls_take() {
+        block_on(async {
+            let clock = Clock::new();
+            clock.start(None, Some(Duration::from_millis(20)));
+            let done = clock
+                .enforce(
+                    async {
+                        tokio::time::sleep(Duration::from_millis(30)).await;
+                        assert!(!clock.passed(), "waiting is not computing");
+                        let start = Instant::now();
+                        while start.elapsed() < Duration::from_millis(25) {}
+                        assert!(clock.passed());
+                    },
+                    || (),
+                )
+                .await;
+            assert!(done.is_ok());
+            assert!((25_000..1_000_000).contains(&clock.cpu_used()));
+        });
+    }
+}
