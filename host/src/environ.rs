@@ -19,21 +19,55 @@ pub struct Connection {
     pub peer: Option<SocketAddr>,
 }
 
-/// The environ block for a request.
+/// The path of a request with its `%XX` decoded to bytes. A `%` without two
+/// hexadecimal digits stays as it is, as every WSGI server has it.
 ///
 /// # Errors
 ///
-/// [`Failure::BadRequest`] if the path holds an encoded NUL. The block could
+/// [`Failure::BadRequest`] if it holds an encoded NUL. The environ block could
 /// not carry it, and C code below an app would see a shorter path than the
 /// checks before it.
-pub fn environ(parts: &Parts, connection: &Connection) -> Result<Vec<u8>, Failure> {
+pub fn decode_path(parts: &Parts) -> Result<Vec<u8>, Failure> {
+    // `OPTIONS *` has no path at all (RFC 9112 section 3.2.4).
+    let mut rest = Some(parts.uri.path()).filter(|path| *path != "*").unwrap_or_default().as_bytes();
+    let mut path = Vec::with_capacity(rest.len());
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        let decoded = match (first, tail) {
+            (b'%', [high, low, after @ ..]) => match (hex(*high), hex(*low)) {
+                (Some(high), Some(low)) => {
+                    rest = after;
+                    high << 4 | low
+                }
+                _ => b'%',
+            },
+            (byte, _) => *byte,
+        };
+        if decoded == 0 {
+            return Err(Failure::BadRequest("the path holds an encoded NUL"));
+        }
+        path.push(decoded);
+    }
+    Ok(path)
+}
+
+/// The host that a request is for, as the client wrote it.
+pub fn host(parts: &Parts) -> &str {
+    // An absolute-form target carries the host, which then counts instead of
+    // the header (RFC 9112 section 3.2.2).
+    match parts.uri.authority() {
+        Some(authority) => authority.as_str(),
+        None => parts.headers.get(header::HOST).and_then(|host| host.to_str().ok()).unwrap_or_default(),
+    }
+}
+
+/// The environ block for a request whose decoded path is `path`, to an app
+/// that is mounted at `mount`.
+pub fn environ(parts: &Parts, connection: &Connection, path: &[u8], mount: &str) -> Vec<u8> {
     let mut block = Block(Vec::with_capacity(1024));
     block.add("REQUEST_METHOD", parts.method.as_str().as_bytes());
-    block.add("SCRIPT_NAME", b"");
-    let path = parts.uri.path();
-    // `OPTIONS *` has no path at all (RFC 9112 section 3.2.4).
-    let path = if path == "*" { "" } else { path };
-    block.add_percent_decoded("PATH_INFO", path)?;
+    block.add("SCRIPT_NAME", mount.as_bytes());
+    block.add("PATH_INFO", path.get(mount.len()..).unwrap_or_default());
     block.add("QUERY_STRING", parts.uri.query().unwrap_or_default().as_bytes());
     let target = parts.uri.path_and_query().map_or("*", |target| target.as_str());
     block.add("REQUEST_URI", target.as_bytes());
@@ -48,8 +82,6 @@ pub fn environ(parts: &Parts, connection: &Connection) -> Result<Vec<u8>, Failur
         block.add("REMOTE_ADDR", peer.ip().to_canonical().to_string().as_bytes());
         block.add("REMOTE_PORT", peer.port().to_string().as_bytes());
     }
-    // An absolute-form target carries the host, which then counts instead of
-    // the header (RFC 9112 section 3.2.2).
     let authority = parts.uri.authority().map(|authority| authority.as_str());
     if let Some(authority) = authority {
         block.add("HTTP_HOST", authority.as_bytes());
@@ -60,7 +92,7 @@ pub fn environ(parts: &Parts, connection: &Connection) -> Result<Vec<u8>, Failur
         }
         block.add_header(name, &parts.headers);
     }
-    Ok(block.0)
+    block.0
 }
 
 /// `SERVER_PROTOCOL`, as the client sent it.
@@ -83,33 +115,6 @@ impl Block {
         self.0.push(0);
         self.0.extend_from_slice(value);
         self.0.push(0);
-    }
-
-    /// Adds a variable with its `%XX` decoded to bytes. A `%` without two
-    /// hexadecimal digits stays as it is, as every WSGI server has it.
-    fn add_percent_decoded(&mut self, name: &str, value: &str) -> Result<(), Failure> {
-        self.0.extend_from_slice(name.as_bytes());
-        self.0.push(0);
-        let mut rest = value.as_bytes();
-        while let [first, tail @ ..] = rest {
-            rest = tail;
-            let decoded = match (first, tail) {
-                (b'%', [high, low, after @ ..]) => match (hex(*high), hex(*low)) {
-                    (Some(high), Some(low)) => {
-                        rest = after;
-                        high << 4 | low
-                    }
-                    _ => b'%',
-                },
-                (byte, _) => *byte,
-            };
-            if decoded == 0 {
-                return Err(Failure::BadRequest("the path holds an encoded NUL"));
-            }
-            self.0.push(decoded);
-        }
-        self.0.push(0);
-        Ok(())
     }
 
     /// Adds all values of a header, joined as RFC 9110 section 5.3 allows.
@@ -162,7 +167,8 @@ mod tests {
             server_port: "8000".into(),
             peer: Some("[::ffff:10.0.0.1]:5000".parse().unwrap()),
         };
-        let block = environ(&parts, &connection)?;
+        let path = decode_path(&parts)?;
+        let block = environ(&parts, &connection, &path, "");
         let parts: Vec<_> = block.split(|byte| *byte == 0).collect();
         assert!(parts.last().unwrap().is_empty());
         Ok(parts[..parts.len() - 1]

@@ -62,6 +62,17 @@ pub struct RequestBody {
 }
 
 impl RequestBody {
+    /// A body that is empty, for a request of our own.
+    pub fn empty() -> RequestBody {
+        RequestBody {
+            incoming: None,
+            buffered: Bytes::new(),
+            allowed: 0,
+            idle: Duration::ZERO,
+            failure: None,
+        }
+    }
+
     /// Wraps `incoming`.
     ///
     /// # Errors
@@ -176,6 +187,8 @@ pub struct Exchange {
     phase: Phase,
     /// Bytes of the body that the head announced and that did not come yet.
     announced: Option<u64>,
+    /// Bytes of the body that the app's limit still allows.
+    allowed: u64,
     /// How long the client may take no byte.
     idle: Duration,
 }
@@ -190,9 +203,10 @@ pub enum SendError {
 }
 
 impl Exchange {
-    /// Pairs `body` with the channel on which the response goes out.
-    pub fn new(body: RequestBody, events: mpsc::Sender<Event>, idle: Duration) -> Exchange {
-        Exchange { body, events, phase: Phase::Waiting, announced: None, idle }
+    /// Pairs `body` with the channel on which the response goes out, which may
+    /// have a body of `response_limit` bytes.
+    pub fn new(body: RequestBody, events: mpsc::Sender<Event>, response_limit: u64, idle: Duration) -> Exchange {
+        Exchange { body, events, phase: Phase::Waiting, announced: None, allowed: response_limit, idle }
     }
 
     /// The guest sends its head, as a CGI response head.
@@ -228,6 +242,10 @@ impl Exchange {
             return Ok(());
         }
         let length = chunk.len() as u64;
+        match self.allowed.checked_sub(length) {
+            Some(allowed) => self.allowed = allowed,
+            None => return Err(self.refuse("its body is larger than the limit")),
+        }
         self.send(Event::Chunk(chunk.into())).await?;
         self.announced = self.announced.map(|left| left.saturating_sub(length));
         Ok(())

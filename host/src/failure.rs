@@ -14,6 +14,19 @@ pub enum Failure {
     BodyTooLarge,
     /// The client sent no byte of its body for too long.
     BodyTimeout,
+    /// No tenant answers for the host (RFC 9110 section 15.5.20).
+    UnknownHost,
+    /// No tenant of the host is mounted above the path.
+    NoTenant,
+    /// The operator has suspended the tenant.
+    Suspended,
+    /// The tenant crashed too often in a row; the seconds until it may again.
+    CrashLoop(u64),
+    /// The tenant has used up its processor time; the seconds until there is
+    /// some again.
+    BudgetExhausted(u64),
+    /// More requests came than the tenant may have in a second.
+    TooManyRequests,
     /// All instances are busy and the queue is full, or the wait was too long.
     Overloaded,
     /// No instance could be started.
@@ -37,9 +50,26 @@ impl Failure {
             Failure::BadRequest(_) => StatusCode::BAD_REQUEST,
             Failure::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Failure::BodyTimeout | Failure::ClientGone => StatusCode::REQUEST_TIMEOUT,
-            Failure::Overloaded | Failure::CannotStart => StatusCode::SERVICE_UNAVAILABLE,
+            Failure::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
+            Failure::NoTenant => StatusCode::NOT_FOUND,
+            Failure::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
+            Failure::Overloaded
+            | Failure::CannotStart
+            | Failure::Suspended
+            | Failure::CrashLoop(_)
+            | Failure::BudgetExhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
             Failure::App | Failure::BadResponse(_) | Failure::Trap => StatusCode::INTERNAL_SERVER_ERROR,
             Failure::Timeout => StatusCode::GATEWAY_TIMEOUT,
+        }
+    }
+
+    /// Seconds after which another try makes sense, for `Retry-After`.
+    pub fn retry_after(self) -> Option<u64> {
+        match self {
+            Failure::Overloaded | Failure::CannotStart | Failure::TooManyRequests => Some(1),
+            Failure::Suspended => Some(60),
+            Failure::CrashLoop(seconds) | Failure::BudgetExhausted(seconds) => Some(seconds),
+            _ => None,
         }
     }
 
@@ -55,6 +85,12 @@ impl fmt::Display for Failure {
             Failure::BadRequest(reason) => write!(f, "bad request: {reason}"),
             Failure::BodyTooLarge => f.write_str("the request body is larger than the limit"),
             Failure::BodyTimeout => f.write_str("the client sent no byte of its body for too long"),
+            Failure::UnknownHost => f.write_str("no tenant answers for this host"),
+            Failure::NoTenant => f.write_str("no tenant is mounted at this path"),
+            Failure::Suspended => f.write_str("the tenant is suspended"),
+            Failure::CrashLoop(_) => f.write_str("the tenant crashes again and again"),
+            Failure::BudgetExhausted(_) => f.write_str("the tenant has used up its processor time"),
+            Failure::TooManyRequests => f.write_str("more requests than the tenant may have in a second"),
             Failure::Overloaded => f.write_str("all instances are busy"),
             Failure::CannotStart => f.write_str("no instance could be started"),
             Failure::App => f.write_str("the app failed"),

@@ -35,6 +35,8 @@ const INLINE_BODY: u64 = 64 << 10;
 pub struct RequestLimits {
     /// Bytes of a request body.
     pub body: u64,
+    /// Bytes of a response body.
+    pub response: u64,
     /// Time that the guest may take until the head of its response, and again
     /// for each piece of the body.
     pub timeout: Duration,
@@ -50,6 +52,34 @@ pub struct App {
     pub pool: Arc<Pool>,
     /// Limits for its requests.
     pub limits: RequestLimits,
+}
+
+/// Asks an app for `path`, as a request of our own, and returns the status.
+///
+/// # Errors
+///
+/// Why there was no response.
+pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
+    let id = RequestId::next();
+    let request = Request::get(path).header(header::HOST, "localhost").body(());
+    let (parts, ()) = request.map_err(|_| Failure::BadRequest("the path is not valid"))?.into_parts();
+    let connection = Connection { server_name: "localhost".into(), server_port: "80".into(), peer: None };
+    let path = environ::decode_path(&parts)?;
+    let environ = environ::environ(&parts, &connection, &path, "");
+    let (sender, events) = mpsc::channel(1);
+    let exchange = Exchange::new(RequestBody::empty(), sender, app.limits.response, app.limits.client_idle);
+    let lease = app.pool.lease().await?;
+    let limits = (app.limits.timeout, app.limits.cpu);
+    let call = call(lease, id, Method::GET, environ, Bytes::new(), exchange, limits);
+    let mut running = Running {
+        call: Some(Box::pin(call)),
+        events,
+        observer: Observer { app: Arc::clone(app), tenant: None, id, method: Method::GET },
+        failed: None,
+    };
+    match poll_fn(|context| running.poll_first(context)).await? {
+        First::Complete(head, _) | First::Streaming(head) => Ok(head.status.as_u16()),
+    }
 }
 
 /// Answers `request`. Never fails: a failure becomes a response here.

@@ -11,8 +11,9 @@ mod cache;
 mod cli;
 mod clock;
 mod code;
-#[allow(dead_code)]
 mod config;
+mod connection;
+mod control;
 mod engine;
 mod environ;
 mod error;
@@ -25,10 +26,12 @@ mod handler;
 mod inspect;
 mod instance;
 mod key_derivation;
+mod listener;
 mod pool;
 mod request_id;
 mod scheduler;
 mod serve;
+mod tenants;
 mod units;
 
 use std::process::ExitCode;
@@ -46,6 +49,8 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Exec(args) => exec::run(&args).map(ExitCode::from),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Check(args) => serve::check(&args).map(|()| ExitCode::SUCCESS),
+        Command::Ctl(args) => control::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Compile { input, output } => code::compile(&input, &output).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {

@@ -7,7 +7,7 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
@@ -32,6 +32,10 @@ pub enum Isolation {
 pub struct PoolSettings {
     /// Requests that can be in work at a time.
     pub instances: usize,
+    /// Instances that stay when there is nothing to do.
+    pub spare: usize,
+    /// Time after which an instance without work is dropped.
+    pub idle: Duration,
     /// Requests that may wait for an instance.
     pub queue: usize,
     /// How long one may wait.
@@ -40,17 +44,6 @@ pub struct PoolSettings {
     pub isolation: Isolation,
     /// Requests after which an instance is replaced, give or take a tenth.
     pub max_requests: u64,
-}
-
-impl PoolSettings {
-    /// Instances that a pool with these settings has at most.
-    pub fn capacity(&self) -> usize {
-        match self.isolation {
-            Isolation::Tenant => self.instances,
-            // As many again may stand prepared.
-            Isolation::Request => self.instances * 2,
-        }
-    }
 }
 
 /// The instances of one app.
@@ -62,8 +55,9 @@ pub struct Pool {
     permits: Arc<Semaphore>,
     waiting: AtomicUsize,
     /// Instances at rest. With [`Isolation::Request`] they are unused ones,
-    /// prepared so that no request pays for the start of an instance.
-    idle: Mutex<Vec<Instance>>,
+    /// prepared so that no request pays for the start of an instance. Each with
+    /// the time at which it came to rest; the last one came last.
+    idle: Mutex<Vec<(Instance, Instant)>>,
     /// Instances being prepared.
     preparing: AtomicUsize,
 }
@@ -111,7 +105,7 @@ impl Pool {
             Ok(permit) => permit,
             Err(_) => self.wait().await?,
         };
-        let resting = self.idle().pop();
+        let resting = self.idle().pop().map(|(instance, _)| instance);
         let instance = match resting {
             Some(instance) => instance,
             None => self.start().await.map_err(|error| {
@@ -121,6 +115,22 @@ impl Pool {
         };
         self.prepare();
         Ok(Lease { instance: Some(instance), pool: Arc::clone(self), _permit: permit })
+    }
+
+    /// Requests in work, and instances at rest.
+    pub fn usage(&self) -> (usize, usize) {
+        (self.settings.instances - self.permits.available_permits(), self.idle().len())
+    }
+
+    /// Drops instances that have rested for too long.
+    pub fn trim(&self) {
+        let mut idle = self.idle();
+        let keep = idle.len().saturating_sub(self.settings.spare);
+        let old = idle.iter().take(keep).take_while(|(_, since)| since.elapsed() >= self.settings.idle).count();
+        // The oldest come first. Dropped after the lock is released.
+        let dropped: Vec<_> = idle.drain(..old).collect();
+        drop(idle);
+        drop(dropped);
     }
 
     /// Waits until no request is in work.
@@ -185,7 +195,7 @@ impl Pool {
     fn rest(&self, instance: Instance) {
         let mut idle = self.idle();
         if idle.len() < self.settings.instances {
-            idle.push(instance);
+            idle.push((instance, Instant::now()));
         }
     }
 
@@ -202,7 +212,7 @@ impl Pool {
             && instance.memory_used() <= self.grants.memory / 4 * 3
     }
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<Instance>> {
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(Instance, Instant)>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
