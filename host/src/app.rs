@@ -5,65 +5,78 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
-use wasmtime::Engine;
 
 use crate::artifact::Artifact;
 use crate::build::{self, BuildOptions, Progress};
 use crate::cache::Cache;
 use crate::cli::{GrantArgs, SourceArgs};
 use crate::code;
+use crate::config::{DEFAULT_INSTANCES, DEFAULT_LIMITS, Environment, Limits, TenantConfig};
 use crate::error::UserError;
 use crate::files::Files;
 use crate::instance::{Grants, Program};
-use crate::scheduler::{Scheduler, Share};
+use crate::pool::Isolation;
+use crate::scheduler::Share;
+use crate::tenants::Shared;
 use crate::units::Size;
 
-/// An app ready to be instantiated.
-pub struct LoadedApp {
-    /// Its code.
-    pub program: Program,
-    /// What its instances may use.
-    pub grants: Grants,
-}
-
-/// Loads the app that `name` stands for, which is built first if it is a
-/// directory or a callable.
+/// Loads the built app of a tenant.
 ///
 /// # Errors
 ///
-/// A [`UserError`] if there is no such app, it does not build, or it is not
-/// one of ours.
-pub fn load(
-    engine: &Engine,
+/// A [`UserError`] if it is not one of ours.
+pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) -> Result<(Program, Grants)> {
+    let artifact = Artifact::open(&config.app)?;
+    let component = code::load(&shared.engine, &shared.cache, &artifact, &|step| {
+        tracing::info!("{step}; later starts reuse the result");
+    })?;
+    let program = Program::link(&shared.engine, &component).map_err(|error| {
+        UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", config.app.display()))
+            .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
+    })?;
+    let files = Files::new(artifact.unpack_layers(&shared.cache)?, config.data.as_deref())?;
+    let mut environment =
+        artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
+    environment.extend(config.environment.0.clone());
+    let grants = Grants {
+        name: Arc::from(&*config.name),
+        memory: usize::try_from(config.limits.memory).unwrap_or(usize::MAX),
+        environment: environment.into_iter().collect(),
+        files,
+        share,
+        scheduler: Arc::clone(&shared.scheduler),
+    };
+    Ok((program, grants))
+}
+
+/// What the options of a command say of the app that it names, which is built
+/// first if it is a directory or a callable.
+///
+/// # Errors
+///
+/// A [`UserError`] if there is no such app, or it does not build.
+pub fn only_tenant(
+    cache: &Cache,
     name: Option<&str>,
     source: &SourceArgs,
     grants: &GrantArgs,
-) -> Result<LoadedApp> {
-    let cache = Cache::open()?;
-    let path = locate(&cache, name, source)?;
-    let artifact = Artifact::open(&path)?;
-    let component = code::load(engine, &cache, &artifact, &|step| {
-        tracing::info!("{step}; later starts reuse the result");
-    })?;
-    let program = Program::link(engine, &component).map_err(|error| {
-        UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", path.display()))
-            .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
-    })?;
-    let files = Files::new(artifact.unpack_layers(&cache)?, grants.data.as_deref())?;
-    let mut environment =
-        artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
-    environment.extend(grants.env.iter().cloned());
+) -> Result<TenantConfig> {
+    let app = locate(cache, name, source)?;
     let name =
         name.map(Path::new).and_then(Path::file_stem).map_or("app".into(), |stem| stem.to_string_lossy());
-    let grants = Grants {
-        name: Arc::from(&*name),
-        memory: usize::try_from(grants.memory.0).unwrap_or(usize::MAX),
-        environment: environment.into_iter().collect(),
-        files,
-        share: Share::new(1, None),
-        scheduler: Scheduler::new(),
-    };
-    Ok(LoadedApp { program, grants })
+    Ok(TenantConfig {
+        name: name.into_owned(),
+        app,
+        hosts: Vec::new(),
+        path: String::new(),
+        isolation: Isolation::default(),
+        instances: DEFAULT_INSTANCES,
+        limits: Limits { memory: grants.memory.0, ..DEFAULT_LIMITS },
+        environment: Environment(grants.env.iter().cloned().collect()),
+        data: grants.data.clone(),
+        health: None,
+        weight: 1,
+    })
 }
 
 /// The artifact that `name` stands for.
@@ -108,12 +121,12 @@ fn locate(cache: &Cache, name: Option<&str>, source: &SourceArgs) -> Result<Path
 }
 
 /// Why the first instance could not be made, for the user.
-pub fn refuse_start(name: &str, memory: Size, error: wasmtime::Error) -> anyhow::Error {
+pub fn refuse_start(name: &str, memory: u64, error: wasmtime::Error) -> anyhow::Error {
     let text = format!("{error:#}");
     if text.contains("memory") && text.contains("limit") || text.contains("minimum size") {
-        return UserError::new(format!("the app `{}` does not fit in {memory}: {text}", name))
+        return UserError::new(format!("the app `{}` does not fit in {}: {text}", name, Size(memory)))
             .remedy("raise the limit with `--memory`, for example `--memory 256MiB`")
             .into();
     }
-    anyhow::Error::from(error).context(format!("failed to start the app `{}`", name))
+    anyhow::Error::from(error).context(format!("failed to start the app `{name}`"))
 }

@@ -28,6 +28,10 @@ pub enum Command {
     Exec(ExecArgs),
     /// Show what is in a built app.
     Inspect(InspectArgs),
+    /// Read a configuration file and say what is wrong with it.
+    Check(CheckArgs),
+    /// Ask a running server, or tell it what to do.
+    Ctl(ControlArgs),
     /// Compile a component to machine code, for our own use.
     #[command(hide = true)]
     Compile {
@@ -83,8 +87,15 @@ pub struct ServeArgs {
     /// project in the current directory]
     #[arg(value_name = "APP.wasm | DIR | MODULE[:CALLABLE]")]
     pub app: Option<String>,
+    /// A configuration file with many tenants
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["app", "tenants"])]
+    pub config: Option<PathBuf>,
+    /// A directory in which each NAME.wasm is a tenant, with its settings in NAME.toml
+    #[arg(long, value_name = "DIR", conflicts_with = "app")]
+    pub tenants: Option<PathBuf>,
     /// Where to listen: ADDRESS:PORT, with port 0 for any free one, or unix:PATH (repeatable)
-    #[arg(short, long, value_name = "ADDRESS", default_value = "127.0.0.1:8000")]
+    /// [default: 127.0.0.1:8000]
+    #[arg(short, long, value_name = "ADDRESS")]
     pub bind: Vec<String>,
     /// Requests that can be in work at a time, each in its own instance
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=4096))]
@@ -183,6 +194,68 @@ pub struct ExecArgs {
     /// The command: `python FILE ...`, `python -m MODULE ...` or `python -c CODE ...`
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// Options of `check`.
+#[derive(Debug, Args)]
+pub struct CheckArgs {
+    /// The configuration file
+    #[arg(value_name = "FILE")]
+    pub file: Option<PathBuf>,
+    /// Print the JSON schema of configuration files
+    #[arg(long)]
+    pub schema: bool,
+}
+
+/// Options of `ctl`.
+#[derive(Debug, Args)]
+pub struct ControlArgs {
+    /// The server's control socket, as its configuration names it
+    #[arg(long, value_name = "unix:PATH")]
+    pub control: String,
+    /// What to ask or do.
+    #[command(subcommand)]
+    pub command: ControlCommand,
+}
+
+/// What `ctl` can do.
+#[derive(Debug, Subcommand)]
+pub enum ControlCommand {
+    /// Show the tenants and their state
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show a tenant's last failures
+    Errors {
+        /// Its name
+        tenant: String,
+    },
+    /// Let a built app take the place of a tenant's, if it starts and answers
+    Deploy {
+        /// Its name
+        tenant: String,
+        /// The built app
+        app: PathBuf,
+    },
+    /// Let a tenant's version before take its place again
+    Rollback {
+        /// Its name
+        tenant: String,
+    },
+    /// Refuse a tenant's requests
+    Suspend {
+        /// Its name
+        tenant: String,
+    },
+    /// Take a tenant's requests again
+    Resume {
+        /// Its name
+        tenant: String,
+    },
+    /// Read the configuration again
+    Reload,
 }
 
 /// Options of `inspect`.

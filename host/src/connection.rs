@@ -14,8 +14,9 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::environ::Connection;
-use crate::handler::{self, App};
+use crate::handler;
 use crate::listener::Stream;
+use crate::tenants::Tenants;
 
 /// Bytes of a request's head that hyper buffers, and of a response before it
 /// writes. Its least is 8 KiB.
@@ -23,8 +24,8 @@ const CONNECTION_BUFFER: usize = 64 << 10;
 
 /// What every connection needs.
 pub struct Server {
-    /// The app that answers.
-    pub app: Arc<App>,
+    /// The tenants that answer.
+    pub tenants: Arc<Tenants>,
     /// Time in which the head of a request must come.
     pub header_timeout: Duration,
     /// Time in which a client must take something of a response.
@@ -43,7 +44,7 @@ pub async fn converse(
 ) {
     let connection = Arc::new(connection);
     let service =
-        service_fn(|request| handler::handle(Arc::clone(&server.app), Arc::clone(&connection), request));
+        service_fn(|request| handler::handle(Arc::clone(&server.tenants), Arc::clone(&connection), request));
     let stream = TokioIo::new(TimedWrites::new(stream, server.client_idle));
     let conversation = http1::Builder::new()
         // Without a timer hyper ignores the timeout.

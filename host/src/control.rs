@@ -68,7 +68,10 @@ pub fn start(tenants: Arc<Tenants>, path: &Path) -> Result<()> {
     Ok(())
 }
 
-async fn answer(tenants: Arc<Tenants>, request: Request<Incoming>) -> Result<Response<Full<Bytes>>, Infallible> {
+async fn answer(
+    tenants: Arc<Tenants>,
+    request: Request<Incoming>,
+) -> Result<Response<Full<Bytes>>, Infallible> {
     let (status, body) = match act(&tenants, request).await {
         Ok(value) => (StatusCode::OK, value),
         Err(error) => (StatusCode::BAD_REQUEST, json!({ "error": format!("{error:#}") })),
@@ -85,7 +88,8 @@ async fn act(tenants: &Arc<Tenants>, request: Request<Incoming>) -> Result<serde
         (&Method::GET, ["tenants"]) => Ok(serde_json::to_value(tenants.list())?),
         (&Method::GET, ["tenants", name, "errors"]) => Ok(serde_json::to_value(tenants.errors(name)?)?),
         (&Method::POST, ["tenants", name, "deploy"]) => {
-            let body = Limited::new(body, 64 << 10).collect().await.map_err(|error| anyhow::anyhow!(error))?;
+            let body =
+                Limited::new(body, 64 << 10).collect().await.map_err(|error| anyhow::anyhow!(error))?;
             let deployment: Deployment = serde_json::from_slice(&body.to_bytes())?;
             tenants.deploy(name, &deployment.app).await?;
             Ok(json!({ "done": format!("`{name}` serves {}", deployment.app.display()) }))
@@ -136,7 +140,10 @@ pub fn run(args: &ControlArgs) -> Result<()> {
     let ask = || -> std::io::Result<String> {
         let mut stream = UnixStream::connect(path)?;
         let length = body.len();
-        write!(stream, "{method} {target} HTTP/1.1\r\nHost: control\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}")?;
+        write!(
+            stream,
+            "{method} {target} HTTP/1.1\r\nHost: control\r\nConnection: close\r\nContent-Length: {length}\r\n\r\n{body}"
+        )?;
         let mut response = String::new();
         stream.read_to_string(&mut response)?;
         Ok(response)
@@ -162,7 +169,10 @@ fn print(args: &ControlArgs, answer: &serde_json::Value) -> Result<()> {
     };
     match (&args.command, answer.as_array()) {
         (ControlCommand::List { json: false }, Some(tenants)) => {
-            println!("{:<20} {:<10} {:>9} {:>9} {:>7} {:>8} {:>9}  APP", "TENANT", "STATE", "REQUESTS", "FAILURES", "IN WORK", "RESTING", "CPU");
+            println!(
+                "{:<20} {:<10} {:>9} {:>9} {:>7} {:>8} {:>9}  APP",
+                "TENANT", "STATE", "REQUESTS", "FAILURES", "IN WORK", "RESTING", "CPU"
+            );
             for tenant in tenants {
                 println!(
                     "{:<20} {:<10} {:>9} {:>9} {:>7} {:>8} {:>8.1}s  {}",

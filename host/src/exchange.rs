@@ -205,7 +205,12 @@ pub enum SendError {
 impl Exchange {
     /// Pairs `body` with the channel on which the response goes out, which may
     /// have a body of `response_limit` bytes.
-    pub fn new(body: RequestBody, events: mpsc::Sender<Event>, response_limit: u64, idle: Duration) -> Exchange {
+    pub fn new(
+        body: RequestBody,
+        events: mpsc::Sender<Event>,
+        response_limit: u64,
+        idle: Duration,
+    ) -> Exchange {
         Exchange { body, events, phase: Phase::Waiting, announced: None, allowed: response_limit, idle }
     }
 

@@ -1,13 +1,18 @@
 //! The `exec` command: one command inside an app's sandbox.
 
+use std::time::Duration;
+
 use anyhow::{Context as _, Result};
 
-use crate::app::{self, LoadedApp};
+use crate::app;
+use crate::cache::Cache;
 use crate::cli::ExecArgs;
 use crate::clock::Elapsed;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
 use crate::instance::{Instance, Streams};
+use crate::scheduler::{Scheduler, Share};
+use crate::tenants::Shared;
 
 /// Runs the command and returns its exit status.
 ///
@@ -19,7 +24,10 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instance")?;
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
-    let LoadedApp { program, grants } = app::load(&engine, Some(&args.app), &args.project, &args.grants)?;
+    let cache = Cache::open()?;
+    let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
+    let shared = Shared { engine, cache, scheduler: Scheduler::new(), client_idle: Duration::MAX };
+    let (program, grants) = app::load_artifact(&shared, &config, Share::new(1, None))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()
@@ -28,7 +36,7 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     runtime.block_on(async {
         let mut instance = Instance::new(&program, &grants, Streams::Inherit)
             .await
-            .map_err(|error| app::refuse_start(&grants.name, args.grants.memory, error))?;
+            .map_err(|error| app::refuse_start(&grants.name, args.grants.memory.0, error))?;
         match instance.run_command(&args.command, args.timeout.map(|time| time.0)).await {
             Ok(status) => Ok(status),
             Err(error) if error.is::<Elapsed>() => {

@@ -25,6 +25,7 @@ use crate::failure::Failure;
 use crate::instance::Reply;
 use crate::pool::{Lease, Pool};
 use crate::request_id::RequestId;
+use crate::tenants::{Tenant, Tenants};
 
 /// A request body up to this size is read before an instance is taken, and
 /// goes to the guest with the call: a slow client holds no instance.
@@ -66,17 +67,8 @@ pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
     let connection = Connection { server_name: "localhost".into(), server_port: "80".into(), peer: None };
     let path = environ::decode_path(&parts)?;
     let environ = environ::environ(&parts, &connection, &path, "");
-    let (sender, events) = mpsc::channel(1);
-    let exchange = Exchange::new(RequestBody::empty(), sender, app.limits.response, app.limits.client_idle);
-    let lease = app.pool.lease().await?;
-    let limits = (app.limits.timeout, app.limits.cpu);
-    let call = call(lease, id, Method::GET, environ, Bytes::new(), exchange, limits);
-    let mut running = Running {
-        call: Some(Box::pin(call)),
-        events,
-        observer: Observer { app: Arc::clone(app), tenant: None, id, method: Method::GET },
-        failed: None,
-    };
+    let observer = Observer { tenant: None, id, method: Method::GET };
+    let mut running = run(app, observer, environ, Bytes::new(), RequestBody::empty()).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, _) | First::Streaming(head) => Ok(head.status.as_u16()),
     }
@@ -88,28 +80,34 @@ pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
 ///
 /// None; the type is what hyper asks for.
 pub async fn handle(
-    app: Arc<App>,
+    tenants: Arc<Tenants>,
     connection: Arc<Connection>,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let id = RequestId::next();
     let (parts, incoming) = request.into_parts();
-    let outcome = respond(&app, &connection, id, &parts, incoming).await;
+    let mut observer = Observer { tenant: None, id, method: parts.method.clone() };
+    let outcome = respond(&tenants, &connection, &mut observer, &parts, incoming).await;
     Ok(outcome.unwrap_or_else(|failure| {
-        log(&app, id, &parts.method, failure);
+        observer.ended(Err(failure));
         refusal(failure, id)
     }))
 }
 
 /// The column of steps.
 async fn respond(
-    app: &Arc<App>,
+    tenants: &Tenants,
     connection: &Connection,
-    id: RequestId,
+    observer: &mut Observer,
     parts: &http::request::Parts,
     incoming: Incoming,
 ) -> Result<Response<ResponseBody>, Failure> {
-    let environ = environ::environ(parts, connection)?;
+    let path = environ::decode_path(parts)?;
+    let tenant = tenants.route(environ::host(parts), &path)?;
+    observer.tenant = Some(Arc::clone(&tenant));
+    tenant.admit()?;
+    let app = &tenant.app;
+    let environ = environ::environ(parts, connection, &path, &tenant.config.path);
     let mut body = RequestBody::new(incoming, app.limits.body, app.limits.client_idle)?;
     let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
     // Reading answers `Expect: 100-continue`, which is the app's to decide.
@@ -118,29 +116,58 @@ async fn respond(
     } else {
         Bytes::new()
     };
+    let mut running = run(app, observer.clone(), environ, inline, body).await?;
+    match poll_fn(|context| running.poll_first(context)).await? {
+        First::Complete(head, body) => {
+            observer.ended(Ok(()));
+            Ok(head.into_response(ResponseBody::Complete(Some(body))))
+        }
+        First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
+    }
+}
+
+/// Takes an instance and sets it to work.
+///
+/// # Errors
+///
+/// If there is none to be had.
+async fn run(
+    app: &App,
+    observer: Observer,
+    environ: Vec<u8>,
+    inline: Bytes,
+    body: RequestBody,
+) -> Result<Running, Failure> {
     let lease = app.pool.lease().await?;
     let (sender, events) = mpsc::channel(1);
-    let exchange = Exchange::new(body, sender, app.limits.client_idle);
-    let call = call(
-        lease,
-        id,
-        parts.method.clone(),
-        environ,
-        inline,
-        exchange,
-        (app.limits.timeout, app.limits.cpu),
-    );
-    let mut running = Running {
-        call: Some(Box::pin(call)),
-        events,
-        app: Arc::clone(app),
-        id,
-        method: parts.method.clone(),
-        failed: None,
-    };
-    match poll_fn(|context| running.poll_first(context)).await? {
-        First::Complete(head, body) => Ok(head.into_response(ResponseBody::Complete(Some(body)))),
-        First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
+    let exchange = Exchange::new(body, sender, app.limits.response, app.limits.client_idle);
+    let limits = (app.limits.timeout, app.limits.cpu);
+    let call = call(lease, observer.id, observer.method.clone(), environ, inline, exchange, limits);
+    Ok(Running { call: Some(Box::pin(call)), events, observer, failed: None })
+}
+
+/// Who hears how a request ended.
+#[derive(Clone)]
+struct Observer {
+    tenant: Option<Arc<Tenant>>,
+    id: RequestId,
+    method: Method,
+}
+
+impl Observer {
+    /// Writes a failure to the log and tells the tenant.
+    fn ended(&self, outcome: Result<(), Failure>) {
+        let (request, method) = (self.id, &self.method);
+        if let Some(tenant) = &self.tenant {
+            tenant.note(request, outcome);
+        }
+        let Err(failure) = outcome else { return };
+        let app = self.tenant.as_ref().map_or("-", |tenant| tenant.config.name.as_str());
+        if failure.is_servers_fault() {
+            tracing::error!(%app, %request, %method, "{failure}");
+        } else {
+            tracing::info!(%app, %request, %method, "{failure}");
+        }
     }
 }
 
@@ -172,9 +199,7 @@ type Call = Pin<Box<dyn Future<Output = Result<Reply, Failure>> + Send>>;
 pub struct Running {
     call: Option<Call>,
     events: mpsc::Receiver<Event>,
-    app: Arc<App>,
-    id: RequestId,
-    method: Method,
+    observer: Observer,
     /// Why the response can not be completed, and whether hyper has had its
     /// chance to send what came before.
     failed: Option<(Failure, bool)>,
@@ -205,7 +230,10 @@ impl Running {
         loop {
             match self.events.try_recv() {
                 Ok(Event::Chunk(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
-                Ok(Event::End) => return Poll::Ready(None),
+                Ok(Event::End) => {
+                    self.observer.ended(Ok(()));
+                    return Poll::Ready(None);
+                }
                 Ok(Event::Head(_)) => continue,
                 Err(_) => {}
             }
@@ -223,7 +251,7 @@ impl Running {
             }
             match self.poll_call(context) {
                 Poll::Ready(Err(failure)) => {
-                    log(&self.app, self.id, &self.method, failure);
+                    self.observer.ended(Err(failure));
                     // In the end hyper aborts the connection: the client can
                     // tell a broken body from a whole one.
                     self.failed = Some((failure, false));
@@ -254,13 +282,13 @@ impl Drop for Running {
         // Closed, so that the guest's next write says that the client is gone.
         self.events.close();
         while self.events.try_recv().is_ok() {}
-        let (app, id, method) = (Arc::clone(&self.app), self.id, self.method.clone());
+        let observer = self.observer.clone();
         // Without a runtime the process is ending.
         if let Ok(runtime) = tokio::runtime::Handle::try_current() {
             runtime.spawn(async move {
                 match call.await {
                     Ok(_) | Err(Failure::App | Failure::ClientGone) => {}
-                    Err(failure) => log(&app, id, &method, failure),
+                    Err(failure) => observer.ended(Err(failure)),
                 }
             });
         }
@@ -329,21 +357,12 @@ fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
-    if matches!(failure, Failure::Overloaded | Failure::CannotStart) {
-        headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+    if let Some(seconds) = failure.retry_after() {
+        headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }
     if matches!(failure, Failure::BodyTooLarge | Failure::BodyTimeout | Failure::ClientGone) {
         // The rest of the body may still be under way: not the next request.
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
-}
-
-fn log(app: &App, request: RequestId, method: &Method, failure: Failure) {
-    let app = app.pool.name();
-    if failure.is_servers_fault() {
-        tracing::error!(%app, %request, %method, "{failure}");
-    } else {
-        tracing::info!(%app, %request, %method, "{failure}");
-    }
 }

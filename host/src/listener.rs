@@ -87,7 +87,7 @@ impl Address {
 }
 
 /// Removes a socket that a dead server left behind: one that nobody answers on.
-fn remove_stale_socket(path: &Path) {
+pub fn remove_stale_socket(path: &Path) {
     let is_socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     if is_socket
         && let Err(error) = std::os::unix::net::UnixStream::connect(path)

@@ -89,11 +89,6 @@ impl Pool {
         Ok(())
     }
 
-    /// The app's name in the log.
-    pub fn name(&self) -> &str {
-        &self.grants.name
-    }
-
     /// Waits for the right to an instance.
     ///
     /// # Errors
@@ -126,7 +121,8 @@ impl Pool {
     pub fn trim(&self) {
         let mut idle = self.idle();
         let keep = idle.len().saturating_sub(self.settings.spare);
-        let old = idle.iter().take(keep).take_while(|(_, since)| since.elapsed() >= self.settings.idle).count();
+        let old =
+            idle.iter().take(keep).take_while(|(_, since)| since.elapsed() >= self.settings.idle).count();
         // The oldest come first. Dropped after the lock is released.
         let dropped: Vec<_> = idle.drain(..old).collect();
         drop(idle);

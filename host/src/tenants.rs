@@ -304,7 +304,8 @@ impl Table {
 
     fn route(&self, host: &str, path: &[u8]) -> Result<&Arc<Tenant>, Failure> {
         let host = host_name(host);
-        let below = || self.below.iter().find(|(end, _)| host.ends_with(end.as_str())).map(|(_, mounts)| mounts);
+        let below =
+            || self.below.iter().find(|(end, _)| host.ends_with(end.as_str())).map(|(_, mounts)| mounts);
         let mounts = self.exact.get(&*host).or_else(below).unwrap_or(&self.rest);
         if mounts.is_empty() {
             return Err(Failure::UnknownHost);
@@ -379,7 +380,11 @@ impl Tenants {
     ///
     /// If one of them can not be loaded: at the start that is a mistake to be
     /// mended.
-    pub async fn start(shared: Arc<Shared>, source: Source, state_file: Option<PathBuf>) -> Result<Arc<Tenants>> {
+    pub async fn start(
+        shared: Arc<Shared>,
+        source: Source,
+        state_file: Option<PathBuf>,
+    ) -> Result<Arc<Tenants>> {
         let tenants = Arc::new(Tenants {
             shared,
             table: ArcSwap::default(),

@@ -5,6 +5,7 @@ use std::io::{BufRead as _, BufReader, Read, Write as _};
 use std::net::{SocketAddr, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -101,6 +102,7 @@ pub fn guest(name: &str) -> PathBuf {
 #[derive(Default)]
 struct Lines {
     text: Mutex<String>,
+    ended: AtomicBool,
     changed: Condvar,
 }
 
@@ -115,6 +117,9 @@ impl Lines {
                 lines.changed.notify_all();
                 line.clear();
             }
+            let _text = lines.text.lock().unwrap();
+            lines.ended.store(true, Ordering::Relaxed);
+            lines.changed.notify_all();
         })
     }
 
@@ -243,11 +248,10 @@ impl Server {
 
     /// Waits for the server's end and returns its exit status.
     pub fn wait(&mut self) -> Option<i32> {
-        let end = Instant::now() + PATIENCE;
         // Its output ends when it does.
-        while self.readers.iter().any(|reader| !reader.is_finished()) {
-            assert!(Instant::now() < end, "the server does not stop");
-            std::thread::yield_now();
+        for lines in [&self.stdout, &self.stderr] {
+            let ended = lines.wait_for(|_| lines.ended.load(Ordering::Relaxed).then_some(()));
+            assert!(ended.is_some(), "the server does not stop");
         }
         self.child.wait().unwrap().code()
     }

@@ -28,3 +28,5 @@ mod serving;
 mod snapshot;
 /// Bodies of any size in bounded memory.
 mod streaming;
+/// Many apps in one server, changed while it runs.
+mod tenants;

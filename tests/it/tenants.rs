@@ -1,0 +1,281 @@
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use crate::harness::{Finished, Response, Server, guest, run, wsgi_wasm};
+
+/// A server of a configuration of its own.
+struct Platform {
+    directory: tempfile::TempDir,
+    server: Server,
+}
+
+impl Platform {
+    /// Serves `config`, in which `APP` stands for the guest `behaviours`.
+    fn start(config: &str) -> Platform {
+        let directory = tempfile::tempdir().unwrap();
+        write_config(directory.path(), config);
+        let server = Server::spawn(
+            wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(path_in(&directory)),
+        );
+        Platform { directory, server }
+    }
+
+    /// Asks `host` for `path`.
+    fn get(&self, host: &str, path: &str) -> Response {
+        let mut connection = self.server.connect();
+        connection.send(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        connection.read_response("GET")
+    }
+
+    fn ctl(&self, arguments: &[&str]) -> Finished {
+        let control = format!("unix:{}", self.directory.path().join("control.sock").display());
+        run(wsgi_wasm().args(["ctl", "--control", &control]).args(arguments))
+    }
+
+    /// What `ctl list` says of the tenant `name`.
+    fn status(&self, name: &str) -> Value {
+        let list: Value = serde_json::from_str(&self.ctl(&["list", "--json"]).success().stdout).unwrap();
+        list.as_array().unwrap().iter().find(|tenant| tenant["name"] == name).unwrap().clone()
+    }
+}
+
+fn path_in(directory: &tempfile::TempDir) -> PathBuf {
+    directory.path().join("wsgi-wasm.toml")
+}
+
+fn write_config(directory: &Path, config: &str) {
+    let app = guest("behaviours");
+    let config = config.replace("APP", app.to_str().unwrap());
+    fs::write(directory.join("wsgi-wasm.toml"), format!("server.control = \"unix:control.sock\"\n{config}"))
+        .unwrap();
+}
+
+fn environ(response: Response) -> Value {
+    serde_json::from_str(&response.ok()).unwrap()
+}
+
+const TWO: &str = r#"
+[[tenant]]
+name = "one"
+app = "APP"
+hosts = ["one.example", "*.one.example"]
+env = { WHO = "one" }
+[[tenant]]
+name = "shop"
+app = "APP"
+hosts = ["one.example"]
+path = "/shop"
+env = { WHO = "shop" }
+[[tenant]]
+name = "two"
+app = "APP"
+hosts = ["two.example"]
+env = { WHO = "two" }
+instances = { max = 1 }
+"#;
+
+#[test]
+fn requests_go_to_the_tenant_of_their_host_and_path() {
+    let platform = Platform::start(TWO);
+    let who = |host, path| -> Value {
+        let environment: Value = serde_json::from_str(&platform.get(host, path).ok()).unwrap();
+        environment["WHO"].clone()
+    };
+    assert_eq!(who("one.example", "/environment"), "one");
+    assert_eq!(who("ONE.example:80", "/environment"), "one");
+    assert_eq!(who("deep.down.one.example", "/environment"), "one");
+    assert_eq!(who("one.example", "/shop/environment"), "shop");
+    assert_eq!(who("one.example", "/sh%6fp/environment"), "shop");
+    assert_eq!(who("two.example", "/environment"), "two");
+    let mounted = environ(platform.get("one.example", "/shop/show-environ"));
+    assert_eq!((&mounted["SCRIPT_NAME"], &mounted["PATH_INFO"]), (&"/shop".into(), &"/show-environ".into()));
+    assert_eq!(mounted["REQUEST_URI"], "/shop/show-environ");
+    // Not below the mount, though it starts with the same letters.
+    assert_eq!(platform.get("one.example", "/shopping").text(), "no such route");
+    assert_eq!(platform.get("three.example", "/hello").status, 421);
+    platform.server.finish();
+}
+
+#[test]
+fn limits_are_each_tenants_own() {
+    let platform = Platform::start(
+        r#"
+        [defaults.limits]
+        timeout = "300ms"
+        [[tenant]]
+        name = "slow"
+        app = "APP"
+        hosts = ["slow"]
+        limits = { timeout = "30s", cpu = "300ms", response = "1MiB" }
+        [[tenant]]
+        name = "quick"
+        app = "APP"
+        hosts = ["quick"]
+        limits = { body = "1KiB", requests_per_second = 3 }
+        [[tenant]]
+        name = "poor"
+        app = "APP"
+        hosts = ["poor"]
+        limits = { timeout = "30s", cpu_per_minute = "200ms" }
+        "#,
+    );
+    assert_eq!(platform.get("quick", "/sleep?0.6").status, 504);
+    assert_eq!(platform.get("slow", "/sleep?0.6").ok(), "slept");
+    assert_eq!(platform.get("slow", "/spin").status, 504, "stopped by its processor time");
+    assert_eq!(platform.get("slow", "/large-whole?1048576").status, 200);
+    assert!(platform.get("slow", "/large?2").cut, "more than it may send");
+
+    let statuses: Vec<u16> = (0..6).map(|_| platform.get("quick", "/hello").status).collect();
+    assert!(statuses.contains(&429), "{statuses:?}");
+    assert!(statuses.contains(&200), "{statuses:?}");
+
+    let spent = platform.get("poor", "/compute?1");
+    assert_eq!(spent.status, 200);
+    let refused = platform.get("poor", "/hello");
+    assert_eq!(refused.status, 503);
+    let seconds: u64 = refused.header("retry-after").unwrap().parse().unwrap();
+    assert!((1..=60).contains(&seconds));
+    platform.server.finish();
+}
+
+#[test]
+fn one_tenant_does_not_see_or_stop_another() {
+    let platform = Platform::start(TWO);
+    // All instances of `two` are taken, and it burns both processors.
+    let mut busy: Vec<_> = (0..4).map(|_| platform.server.connect()).collect();
+    for connection in &mut busy {
+        connection.send("GET /compute?2 HTTP/1.1\r\nHost: two.example\r\n\r\n");
+    }
+    for _ in 0..10 {
+        assert_eq!(platform.get("one.example", "/temporary-files").status, 200);
+    }
+    for mut connection in busy {
+        connection.read_response("GET").ok();
+    }
+    assert_eq!(platform.get("two.example", "/temporary-files").ok(), "[]");
+    platform.server.finish();
+}
+
+#[test]
+fn a_tenant_that_crashes_again_and_again_is_held_back() {
+    let platform = Platform::start(TWO);
+    let statuses: Vec<u16> = (0..8).map(|_| platform.get("two.example", "/abort").status).collect();
+    assert_eq!(statuses[..5], [500; 5]);
+    assert_eq!(statuses[5..], [503; 3]);
+    assert_eq!(platform.status("two")["state"], "crashing");
+    assert!(platform.ctl(&["errors", "two"]).success().stdout.contains("the guest trapped"));
+    assert_eq!(platform.get("one.example", "/hello").status, 200);
+    platform.server.finish();
+}
+
+#[test]
+fn tenants_are_suspended_and_resumed_and_it_lasts() {
+    let platform = Platform::start(TWO);
+    platform.ctl(&["suspend", "two"]).success();
+    assert_eq!(platform.get("two.example", "/hello").status, 503);
+    assert_eq!(platform.status("two")["state"], "suspended");
+    platform.ctl(&["suspend", "nobody"]).refused(&["nobody"]);
+    platform.server.finish();
+
+    let config = path_in(&platform.directory);
+    let server = Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(config));
+    let platform = Platform { directory: platform.directory, server };
+    assert_eq!(platform.get("two.example", "/hello").status, 503, "also after a restart");
+    platform.ctl(&["resume", "two"]).success();
+    assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
+    let listed = platform.ctl(&["list"]).success().stdout;
+    assert!(listed.contains("TENANT") && listed.contains("one") && listed.contains("serving"), "{listed}");
+    platform.server.finish();
+}
+
+#[test]
+fn a_new_version_takes_over_only_if_it_answers() {
+    let platform = Platform::start(
+        "[[tenant]]\nname = \"app\"\napp = \"APP\"\nhealth = \"/hello\"\ninstances = { max = 2 }\n",
+    );
+    let bottle = guest("bottle");
+    // It has no such route.
+    platform.ctl(&["deploy", "app", bottle.to_str().unwrap()]).refused(&["/hello", "404"]);
+    assert_eq!(platform.get("x", "/hello").ok(), "Hello, world!\n");
+    assert!(platform.status("app")["error"].as_str().unwrap().contains("404"));
+
+    let copy = platform.directory.path().join("copy.wasm");
+    fs::copy(guest("behaviours"), &copy).unwrap();
+    // A request that runs through the change is not cut.
+    let mut running = platform.server.connect();
+    running.send("GET /sleep?1 HTTP/1.1\r\nHost: x\r\n\r\n");
+    platform.ctl(&["deploy", "app", copy.to_str().unwrap()]).success();
+    assert_eq!(platform.status("app")["app"], copy.to_str().unwrap());
+    assert_eq!(running.read_response("GET").ok(), "slept");
+    assert_eq!(platform.get("x", "/hello").ok(), "Hello, world!\n");
+    platform.ctl(&["rollback", "app"]).success();
+    assert_eq!(platform.status("app")["app"], guest("behaviours").to_str().unwrap());
+    assert_eq!(platform.get("x", "/hello").ok(), "Hello, world!\n");
+    platform.server.finish();
+}
+
+#[test]
+fn the_configuration_is_read_again_when_it_changes() {
+    let platform = Platform::start(TWO);
+    assert_eq!(platform.get("four.example", "/hello").status, 421);
+    let four = TWO.replace("two.example", "four.example").replace("WHO = \"one\"", "WHO = \"other\"");
+    write_config(platform.directory.path(), &four);
+    platform.ctl(&["reload"]).success();
+    assert_eq!(platform.get("four.example", "/hello").status, 200);
+    assert_eq!(platform.get("two.example", "/hello").status, 421);
+    let environment: Value = serde_json::from_str(&platform.get("one.example", "/environment").ok()).unwrap();
+    assert_eq!(environment["WHO"], "other");
+
+    // A broken one changes nothing, and the reason is said and logged.
+    write_config(platform.directory.path(), "[[tennant]]\n");
+    platform.ctl(&["reload"]).refused(&["unknown name `tennant`; did you mean `tenant`?"]);
+    platform.server.signal("HUP");
+    platform.server.wait_for_log(&["not reloaded"]);
+    assert_eq!(platform.get("four.example", "/hello").status, 200);
+
+    // The file is watched: no word from anybody.
+    write_config(platform.directory.path(), TWO);
+    platform.server.wait_for_log(&["tenant=two", "serving"]);
+    assert_eq!(platform.get("two.example", "/hello").status, 200);
+    platform.server.finish();
+}
+
+#[test]
+fn a_directory_of_apps_is_a_platform() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        fs::copy(guest("behaviours"), directory.path().join(format!("{name}.wasm"))).unwrap();
+        let settings = format!("hosts = [\"{name}.example\"]\nenv = {{ WHO = \"{name}\" }}\n");
+        fs::write(directory.path().join(format!("{name}.toml")), settings).unwrap();
+    }
+    let server = Server::spawn(
+        wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--tenants"]).arg(directory.path()),
+    );
+    let platform = Platform { directory, server };
+    for name in ["a", "b"] {
+        let text = platform.get(&format!("{name}.example"), "/environment").ok();
+        assert!(text.contains(&format!("\"WHO\": \"{name}\"")), "{text}");
+    }
+    platform.server.finish();
+}
+
+#[test]
+fn a_wrong_configuration_is_refused_with_every_mistake() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("wsgi-wasm.toml");
+    fs::write(&file, "[sever]\n[[tenant]]\nname = \"a\"\nlimits = { memory = \"lots\" }\n").unwrap();
+    let expected = ["3 mistakes", "toml:1: unknown name `sever`", "toml:4: `lots` is not a size", "no `app`"];
+    run(wsgi_wasm().arg("check").arg(&file)).refused(&expected);
+    run(wsgi_wasm().args(["serve", "--config"]).arg(&file)).refused(&expected);
+    run(wsgi_wasm().args(["serve", "--tenants", "/no/such"])).refused(&["/no/such", "help:"]);
+    run(wsgi_wasm().args(["ctl", "--control", "unix:/no/such", "list"])).refused(&["/no/such", "help:"]);
+
+    let app = guest("behaviours");
+    fs::write(&file, format!("[[tenant]]\nname = \"a\"\napp = \"{}\"\n", app.display())).unwrap();
+    let checked = run(wsgi_wasm().arg("check").arg(&file)).success();
+    assert!(checked.stdout.contains("is fine: 1 tenants"), "{}", checked.stdout);
+    let schema = run(wsgi_wasm().args(["check", "--schema"])).success();
+    assert!(serde_json::from_str::<Value>(&schema.stdout).unwrap()["properties"]["tenant"].is_object());
+}
