@@ -146,7 +146,7 @@ fn one_tenant_does_not_see_or_stop_another() {
     // All instances of `two` are taken, and it burns both processors.
     let mut busy: Vec<_> = (0..4).map(|_| platform.server.connect()).collect();
     for connection in &mut busy {
-        connection.send("GET /compute?2 HTTP/1.1\r\nHost: two.example\r\n\r\n");
+        connection.send("GET /compute?0.7 HTTP/1.1\r\nHost: two.example\r\n\r\n");
     }
     for _ in 0..10 {
         assert_eq!(platform.get("one.example", "/temporary-files").status, 200);
@@ -236,8 +236,9 @@ fn the_configuration_is_read_again_when_it_changes() {
     assert_eq!(platform.get("four.example", "/hello").status, 200);
 
     // The file is watched: no word from anybody.
-    write_config(platform.directory.path(), TWO);
-    platform.server.wait_for_log(&["tenant=two", "serving"]);
+    let late = TWO.replace("\"two\"", "\"late\"");
+    write_config(platform.directory.path(), &late);
+    platform.server.wait_for_log(&["tenant=late", "serving"]);
     assert_eq!(platform.get("two.example", "/hello").status, 200);
     platform.server.finish();
 }
