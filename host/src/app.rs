@@ -13,9 +13,14 @@ use crate::cache::Cache;
 use crate::cli::{GrantArgs, ProjectArgs};
 use crate::code;
 use crate::error::UserError;
-use crate::files::Files;
+use crate::files::granted::Quota;
+use crate::files::memory::Limits;
+use crate::files::{FileGrants, Files};
 use crate::instance::{Grants, Program};
 use crate::units::Size;
+
+/// Files and directories that an instance may keep in its `/tmp`.
+const TEMPORARY_FILES: u64 = 1000;
 
 /// An app ready to be instantiated.
 pub struct LoadedApp {
@@ -43,7 +48,7 @@ pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantAr
         UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", path.display()))
             .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
     })?;
-    let files = Files::new(artifact.unpack_layers(&cache)?, grants.data.as_deref())?;
+    let files = Files::new(artifact.unpack_layers(&cache)?, &file_grants(grants))?;
     let mut environment =
         artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
     environment.extend(grants.env.iter().cloned());
@@ -56,6 +61,15 @@ pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantAr
         files,
     };
     Ok(LoadedApp { program, grants })
+}
+
+/// What the options say about files.
+fn file_grants(grants: &GrantArgs) -> FileGrants {
+    let quota = Quota { bytes: grants.data_quota.0, files: grants.data_files };
+    FileGrants {
+        temporary: Limits { bytes: grants.tmp.0, files: TEMPORARY_FILES },
+        data: grants.data.clone().map(|path| (path, quota)),
+    }
 }
 
 /// The artifact that `name` stands for.
