@@ -11,9 +11,12 @@ use crate::build::{self, BuildOptions, Progress};
 use crate::cache::Cache;
 use crate::cli::{GrantArgs, SourceArgs};
 use crate::code;
-use crate::config::{DEFAULT_INSTANCES, DEFAULT_LIMITS, Environment, Limits, TenantConfig};
+use crate::config::{
+    DEFAULT_INSTANCES, DEFAULT_LIMITS, DEFAULT_TEMPORARY, Environment, Limits, TenantConfig,
+};
 use crate::error::UserError;
-use crate::files::Files;
+use crate::files::granted::Quota;
+use crate::files::{FileGrants, Files, memory};
 use crate::instance::{Grants, Program};
 use crate::pool::Isolation;
 use crate::scheduler::Share;
@@ -34,7 +37,7 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) 
         UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", config.app.display()))
             .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
     })?;
-    let files = Files::new(artifact.unpack_layers(&shared.cache)?, config.data.as_deref())?;
+    let files = Files::new(artifact.unpack_layers(&shared.cache)?, &config.files)?;
     let mut environment =
         artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
     environment.extend(config.environment.0.clone());
@@ -73,7 +76,13 @@ pub fn only_tenant(
         instances: DEFAULT_INSTANCES,
         limits: Limits { memory: grants.memory.0, ..DEFAULT_LIMITS },
         environment: Environment(grants.env.iter().cloned().collect()),
-        data: grants.data.clone(),
+        files: FileGrants {
+            temporary: memory::Limits { bytes: grants.tmp.0, files: DEFAULT_TEMPORARY.files },
+            data: grants
+                .data
+                .clone()
+                .map(|path| (path, Quota { bytes: grants.data_quota.0, files: grants.data_files })),
+        },
         health: None,
         weight: 1,
     })

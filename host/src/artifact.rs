@@ -13,14 +13,14 @@
 //! `sys.path`) stay right only if they are the same at run time.
 //!
 //! Nothing here is trusted. Any component that exports our world can be
-//! served, whoever made it; a layer is unpacked by its true digest, and only
-//! plain files and directories in it.
+//! served, whoever made it; a layer is unpacked by its true digest, and may
+//! hold only plain files below its top.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::{Read, Write as _};
+use std::io::Read as _;
 use std::ops::Range;
-use std::path::{Component as PathPart, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
@@ -28,6 +28,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::cache::{self, Bucket, Cache, Links, walk};
 use crate::error::UserError;
+use crate::files::image::Image;
 
 const MANIFEST_SECTION: &str = "wsgi-wasm:manifest";
 const LAYER_SECTION: &str = "wsgi-wasm:layer:";
@@ -35,9 +36,8 @@ const LAYER_SECTION: &str = "wsgi-wasm:layer:";
 /// The newest manifest format that this host reads.
 pub const MANIFEST_FORMAT: u32 = 1;
 
-/// Bounds for what an untrusted layer may unpack to.
-const LAYER_MAX_BYTES: u64 = 4 << 30;
-const LAYER_MAX_FILES: u64 = 500_000;
+/// What an untrusted layer may unpack to.
+const LAYER_MAX_BYTES: u64 = 2 << 30;
 
 /// What is in an artifact and how it was made. Serves people and tools; the
 /// host decides nothing by it that matters for safety.
@@ -355,8 +355,8 @@ impl Artifact {
         self.component.iter().flat_map(|range| &self.bytes[range.clone()]).copied().collect()
     }
 
-    /// Unpacks the layers, each once per digest and machine, and returns
-    /// where they are.
+    /// Unpacks the layers, each once per digest and machine, into archives
+    /// that [`Image`] reads, and returns where they are.
     ///
     /// # Errors
     ///
@@ -366,8 +366,8 @@ impl Artifact {
             .iter()
             .map(|(layer, range)| {
                 let packed = &self.bytes[range.clone()];
-                let directory = cache.get_or_make(Bucket::Layers, &cache::sha256(packed), |directory| {
-                    unpack(packed, directory)
+                let path = cache.get_or_make(Bucket::Layers, &cache::sha256(packed), |path| {
+                    unpack(packed, path)
                         .map_err(|error| {
                             UserError::new(format!(
                                 "the layer `{}` of `{}` can not be unpacked: {error:#}",
@@ -378,49 +378,21 @@ impl Artifact {
                         })
                         .map_err(Into::into)
                 })?;
-                Ok((*layer, directory))
+                Ok((*layer, path))
             })
             .collect()
     }
 }
 
-/// Unpacks an untrusted layer into the new directory `directory`.
-fn unpack(packed: &[u8], directory: &Path) -> Result<()> {
-    fs::create_dir(directory)?;
-    let mut archive = tar::Archive::new(zstd::Decoder::new(packed)?);
-    let (mut files, mut left) = (0, LAYER_MAX_BYTES);
-    let mut made = PathBuf::new();
-    for entry in archive.entries()? {
-        let entry = entry?;
-        let name = entry.path()?.into_owned();
-        if entry.header().entry_type() != tar::EntryType::Regular {
-            bail!("`{}` is not a plain file", name.display());
-        }
-        if name.as_os_str().is_empty() || !name.components().all(|part| matches!(part, PathPart::Normal(_))) {
-            bail!("`{}` points outside of the layer", name.display());
-        }
-        files += 1;
-        left = left.saturating_sub(entry.size());
-        if files > LAYER_MAX_FILES || left == 0 {
-            bail!("it is larger than {LAYER_MAX_FILES} files or {LAYER_MAX_BYTES} bytes");
-        }
-        let path = directory.join(&name);
-        let parent = path.parent().unwrap_or(directory);
-        if parent != made {
-            fs::create_dir_all(parent)?;
-            made = parent.to_path_buf();
-        }
-        // `create_new`: a second entry of the same name is no honest layer.
-        let mut file =
-            File::create_new(&path).with_context(|| format!("failed to create `{}`", name.display()))?;
-        let size = entry.size();
-        let copied = std::io::copy(&mut entry.take(size), &mut file)?;
-        if copied != size {
-            bail!("`{}` is cut off", name.display());
-        }
-        file.flush()?;
+/// Unpacks an untrusted layer into the new file `path`.
+fn unpack(packed: &[u8], path: &Path) -> Result<()> {
+    let mut file = File::create_new(path).context("failed to create its file")?;
+    let unpacked = zstd::Decoder::new(packed)?;
+    let size = std::io::copy(&mut unpacked.take(LAYER_MAX_BYTES), &mut file)?;
+    if size == LAYER_MAX_BYTES {
+        bail!("it is larger than {LAYER_MAX_BYTES} bytes");
     }
-    Ok(())
+    Image::read(path).map(drop)
 }
 
 /// Name and content of a custom section of ours; `at` is where its payload
@@ -499,7 +471,8 @@ mod tests {
         let home = tempfile::tempdir().unwrap();
         let layers = artifact.unpack_layers(&Cache::at(home.path()).unwrap()).unwrap();
         assert_eq!(layers.len(), 1);
-        assert_eq!(fs::read_to_string(layers[0].1.join("b/c.txt")).unwrap(), "see");
+        let image = Image::read(&layers[0].1).unwrap();
+        assert_eq!(image.stat(image.look_up(Image::ROOT, "b/c.txt").unwrap()).size, 3);
     }
 
     #[test]
@@ -528,7 +501,7 @@ mod tests {
     }
 
     #[test]
-    fn a_hostile_layer_can_not_leave_its_directory() {
+    fn a_layer_that_points_elsewhere_is_refused() {
         let hostile = |name: &str, kind: tar::EntryType| {
             let mut archive = tar::Builder::new(zstd::Encoder::new(Vec::new(), 1).unwrap());
             let mut header = tar::Header::new_gnu();
@@ -554,7 +527,6 @@ mod tests {
             let home = tempfile::tempdir().unwrap();
             let target = home.path().join("layer");
             assert!(unpack(&hostile(name, kind), &target).is_err(), "{name}");
-            assert!(fs::read_dir(&target).unwrap().next().is_none(), "{name}");
             assert!(!home.path().join("out").exists());
         }
     }

@@ -37,7 +37,7 @@ pub enum Bucket {
     Sites,
     /// Built apps.
     Apps,
-    /// File layers of apps, unpacked.
+    /// File layers of apps, as plain tar archives.
     Layers,
     /// Machine code that wasmtime maps.
     Compiled,
@@ -51,7 +51,7 @@ impl Bucket {
             Bucket::StandardLibraries => "standard-libraries-v1",
             Bucket::Sites => "sites-v1",
             Bucket::Apps => "apps-v2",
-            Bucket::Layers => "layers-v1",
+            Bucket::Layers => "layers-v2",
             Bucket::Compiled => "compiled-v1",
         }
     }

@@ -176,6 +176,15 @@ pub struct GrantArgs {
     /// A directory that the app sees as /data and may write to
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// Bytes that the files in the data directory may have together
+    #[arg(long, value_name = "SIZE", default_value = "1GiB")]
+    pub data_quota: Size,
+    /// Files and directories that the data directory may hold
+    #[arg(long, value_name = "N", default_value_t = 10_000)]
+    pub data_files: u64,
+    /// Bytes that an instance may keep in its /tmp, which is in memory
+    #[arg(long, value_name = "SIZE", default_value = "64MiB")]
+    pub tmp: Size,
 }
 
 /// Options of `exec`.

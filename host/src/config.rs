@@ -18,6 +18,8 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::error::UserError;
+use crate::files::granted::Quota;
+use crate::files::{FileGrants, memory};
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -128,6 +130,8 @@ pub struct LimitsSection {
     pub memory: Option<Size>,
     /// Time until the response starts, and for each piece of it.
     pub timeout: Option<Time>,
+    /// What an instance may keep in its `/tmp`.
+    pub tmp: Option<Size>,
     /// Processor time of one request.
     pub cpu: Option<Time>,
     /// Processor time of all requests together, in each minute.
@@ -162,6 +166,12 @@ pub enum SecretSource {
 pub struct DataSection {
     /// The directory.
     pub path: PathBuf,
+    /// Bytes that it may hold.
+    #[serde(default)]
+    pub quota: Option<Size>,
+    /// Files and directories that it may hold.
+    #[serde(default)]
+    pub files: Option<u64>,
 }
 
 /// What a configuration means.
@@ -198,8 +208,8 @@ pub struct TenantConfig {
     pub limits: Limits,
     /// Environment variables, secrets included.
     pub environment: Environment,
-    /// A directory that the app sees as `/data`.
-    pub data: Option<PathBuf>,
+    /// Its `/tmp`, and the directory that it sees as `/data`.
+    pub files: FileGrants,
     /// A path that a healthy app answers with a status below 400.
     pub health: Option<String>,
     /// Share of the processors, relative to others.
@@ -268,6 +278,12 @@ pub const DEFAULT_LIMITS: Limits = Limits {
 /// The instances that a tenant has where nothing is said.
 pub const DEFAULT_INSTANCES: Instances =
     Instances { min: 0, max: 16, requests: 10_000, idle: Duration::from_secs(300) };
+
+/// What an instance may keep in its `/tmp`, where nothing is said.
+pub const DEFAULT_TEMPORARY: memory::Limits = memory::Limits { bytes: 64 << 20, files: 1000 };
+
+/// What a data directory may hold, where nothing is said.
+const DEFAULT_QUOTA: Quota = Quota { bytes: 1 << 30, files: 10_000 };
 
 /// Instances of all tenants together, where nothing is said.
 pub const DEFAULT_TOTAL_INSTANCES: u32 = 1000;
@@ -540,10 +556,19 @@ fn resolve_tenant(
     {
         note(format!("`{key}` can not be an environment variable"));
     }
-    let data = section.data.as_ref().map(|data| directory.join(&data.path));
-    if let Some(data) = data.as_ref().filter(|data| !data.is_dir()) {
+    let data = section.data.as_ref().map(|data| {
+        let quota = Quota {
+            bytes: data.quota.map_or(DEFAULT_QUOTA.bytes, |quota| quota.0),
+            files: data.files.unwrap_or(DEFAULT_QUOTA.files),
+        };
+        (directory.join(&data.path), quota)
+    });
+    if let Some((data, _)) = data.as_ref().filter(|(data, _)| !data.is_dir()) {
         note(format!("there is no data directory `{}`", data.display()));
     }
+    let tmp = section.limits.tmp.or(defaults.limits.tmp);
+    let temporary =
+        memory::Limits { bytes: tmp.map_or(DEFAULT_TEMPORARY.bytes, |tmp| tmp.0), ..DEFAULT_TEMPORARY };
     let health = section.health.clone().or_else(|| defaults.health.clone());
     if let Some(health) = health.as_ref().filter(|health| !health.starts_with('/')) {
         note(format!("the health path `{health}` has to start with `/`"));
@@ -582,7 +607,7 @@ fn resolve_tenant(
         instances,
         limits: resolve_limits(&section.limits, &defaults.limits),
         environment: Environment(environment),
-        data,
+        files: FileGrants { temporary, data },
         health,
         weight,
     })
@@ -725,7 +750,7 @@ mod tests {
             limits = { memory = "256MiB", cpu_per_minute = "20s", requests_per_second = 5 }
             env = { MODE = "live" }
             secrets = { KEY = { file = "secret" } }
-            data = { path = "data" }
+            data = { path = "data", quota = "1MiB", files = 5 }
             health = "/healthz"
             weight = 2
             [[tenant]]

@@ -1,151 +1,86 @@
-//! The directories that a guest sees.
+//! The files that a guest sees: three kinds of mounts behind one
+//! `wasi:filesystem`.
+//!
+//! | path                      | module    | what it is                                         |
+//! |---------------------------|-----------|----------------------------------------------------|
+//! | `/python`, `/0`, `/1`     | `image`   | a layer of the app, read-only, shared by all        |
+//! | `/tmp`                    | `memory`  | the instance's own, in memory, bounded              |
+//! | `/data`                   | `granted` | a directory of the host, with a quota               |
+//!
+//! `host` is the interface, `path` what it means by a path. An instance's
+//! mounts cost no system call, and no descriptor but for files in `/data`.
 
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+pub mod granted;
+pub mod host;
+pub mod image;
+pub mod memory;
+mod path;
 
-use anyhow::{Context as _, Result};
-use tempfile::TempDir;
-use wasmtime_wasi::filesystem::WasiFilesystemCtx;
-use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use anyhow::Result;
 
 use crate::artifact::Layer;
-use crate::error::UserError;
+use granted::{Grant, Holder, Quota};
+use image::Image;
+use memory::{Limits, Memory};
 
 /// Where a guest may keep files for the time of its life.
 const TEMPORARY: &str = "/tmp";
-/// Where a guest sees the directory that `--data` grants.
+/// Where a guest sees the directory that is granted to it.
 const DATA: &str = "/data";
 
-/// What instances of one app may see of the host's files.
+/// What an app may have besides its layers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FileGrants {
+    /// Bounds of each instance's `/tmp`.
+    pub temporary: Limits,
+    /// The directory that becomes `/data`.
+    pub data: Option<(PathBuf, Quota)>,
+}
+
+/// What instances of one app may see of files.
 #[derive(Debug)]
 pub struct Files {
-    layers: Vec<(Layer, PathBuf)>,
-    data: Option<PathBuf>,
-    /// Spaces that no instance uses, empty.
-    free: Mutex<Vec<FileSpace>>,
+    images: Vec<(&'static str, Arc<Image>)>,
+    temporary: Limits,
+    data: Option<Arc<Grant>>,
 }
 
-/// The mounts of one instance: what all share, and a `/tmp` of its own.
-///
-/// Opening directories costs several system calls, so a space outlives its
-/// instance and serves the next one of the same app, with `/tmp` emptied.
+/// The mounts of one instance.
+#[derive(Debug)]
 pub struct FileSpace {
-    mounts: WasiFilesystemCtx,
-    temporary: TempDir,
-}
-
-impl std::fmt::Debug for FileSpace {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("FileSpace").field("temporary", &self.temporary.path()).finish_non_exhaustive()
-    }
+    files: Arc<Files>,
+    temporary: Memory,
+    data: Option<Arc<Holder>>,
 }
 
 impl Files {
-    /// Grants `layers` read-only and `data`, if there is one, for writing.
+    /// Mounts `layers`, each an image in the cache, and what `grants` says.
+    ///
+    /// Reads the images' trees and adds up what the granted directory holds:
+    /// not for a runtime's thread.
     ///
     /// # Errors
     ///
-    /// A [`UserError`] if `data` is no directory.
-    pub fn new(layers: Vec<(Layer, PathBuf)>, data: Option<&Path>) -> Result<Arc<Files>> {
-        let data = match data {
-            None => None,
-            Some(path) if path.is_dir() => {
-                Some(path.canonicalize().with_context(|| format!("failed to resolve `{}`", path.display()))?)
-            }
-            Some(path) => {
-                return Err(UserError::new(format!(
-                    "the data directory `{}` does not exist",
-                    path.display()
-                ))
-                .remedy(format!("make it with `mkdir {}`", path.display()))
-                .into());
-            }
-        };
-        let files = Files { layers, data, free: Mutex::default() };
-        // Finds a mount that does not open now, not at the first request.
-        let first = files.open()?;
-        files.give_back(first);
-        Ok(Arc::new(files))
+    /// A [`UserError`](crate::error::UserError) if the granted directory does
+    /// not exist.
+    pub fn new(layers: Vec<(Layer, PathBuf)>, grants: &FileGrants) -> Result<Arc<Files>> {
+        let images = layers
+            .into_iter()
+            .map(|(layer, path)| Ok((layer.guest_path(), Image::open(&path)?)))
+            .collect::<Result<_>>()?;
+        let data = grants.data.as_ref().map(|(path, quota)| Grant::open(path, *quota)).transpose()?;
+        Ok(Arc::new(Files { images, temporary: grants.temporary, data }))
     }
 
-    /// A space for a new instance.
-    ///
-    /// # Errors
-    ///
-    /// If a directory can not be opened or made.
-    pub fn take(&self) -> Result<FileSpace> {
-        let free = self.free.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        match free {
-            Some(space) => Ok(space),
-            None => self.open(),
+    /// The mounts of a new instance.
+    pub fn space(self: &Arc<Self>) -> FileSpace {
+        FileSpace {
+            files: Arc::clone(self),
+            temporary: Memory::new(self.temporary),
+            data: self.data.as_ref().map(Grant::holder),
         }
-    }
-
-    /// Takes back the space of an instance that is gone.
-    pub fn recycle(self: &Arc<Self>, space: FileSpace) {
-        let used = std::fs::read_dir(space.temporary.path()).map(|mut entries| entries.next().is_some());
-        if matches!(used, Ok(false)) {
-            return self.give_back(space);
-        }
-        // Deleting what a guest left may take long.
-        let files = Arc::clone(self);
-        let clean = move || {
-            let mut emptied = true;
-            if let Ok(entries) = std::fs::read_dir(space.temporary.path()) {
-                for entry in entries.flatten() {
-                    let path = entry.path();
-                    let is_directory = entry.file_type().is_ok_and(|kind| kind.is_dir());
-                    let removed = if is_directory {
-                        std::fs::remove_dir_all(&path)
-                    } else {
-                        std::fs::remove_file(&path)
-                    };
-                    emptied &= removed.is_ok();
-                }
-            }
-            // Else it is dropped, which tries once more.
-            if emptied {
-                files.give_back(space);
-            }
-        };
-        match tokio::runtime::Handle::try_current() {
-            Ok(runtime) => drop(runtime.spawn_blocking(clean)),
-            Err(_) => clean(),
-        }
-    }
-
-    fn give_back(&self, space: FileSpace) {
-        self.free.lock().unwrap_or_else(PoisonError::into_inner).push(space);
-    }
-
-    fn open(&self) -> Result<FileSpace> {
-        let temporary = tempfile::Builder::new()
-            .prefix("wsgi-wasm-")
-            .tempdir()
-            .context("failed to create a directory for an instance's `/tmp`")?;
-        let mut builder = WasiCtxBuilder::new();
-        let mut mount = |path: &Path, guest_path: &str, permissions| {
-            builder
-                .preopened_dir(path, guest_path, permissions)
-                .map(|_| ())
-                .map_err(anyhow::Error::from)
-                .with_context(|| format!("failed to open `{}` for `{guest_path}`", path.display()))
-        };
-        for (layer, path) in &self.layers {
-            mount(path, layer.guest_path(), FsPerms::ReadOnly)?;
-        }
-        mount(temporary.path(), TEMPORARY, FsPerms::ReadWrite)?;
-        if let Some(data) = &self.data {
-            mount(data, DATA, FsPerms::ReadWrite)?;
-        }
-        let mounts = std::mem::take(builder.build().filesystem());
-        Ok(FileSpace { mounts, temporary })
-    }
-}
-
-impl FileSpace {
-    /// The mounts, for the WASI context of an instance.
-    pub fn mounts(&self) -> WasiFilesystemCtx {
-        self.mounts.clone()
     }
 }

@@ -13,7 +13,8 @@ use crate::clock::{Clock, Elapsed};
 use crate::engine::{HOSTCALL_FUEL, MAX_RESOURCES};
 use crate::exchange::{self, Exchange, Head, SendError};
 use crate::failure::Failure;
-use crate::files::{FileSpace, Files};
+use crate::files::host::FileView;
+use crate::files::{self, FileSpace, Files};
 use crate::guest_log::GuestLog;
 use crate::key_derivation::{self, Digest, Refusal};
 use crate::request_id::RequestId;
@@ -72,11 +73,23 @@ impl Program {
     /// If it does not export our world, or imports what the host does not have.
     pub fn link(engine: &Engine, component: &Component) -> wasmtime::Result<Program> {
         let mut linker = Linker::<HostState>::new(engine);
-        wasmtime_wasi::p2::add_to_linker_async(&mut linker)?;
+        link_wasi(&mut linker)?;
         bindings::Application::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)?;
         let linked = bindings::ApplicationPre::new(linker.instantiate_pre(component)?)?;
         Ok(Program { engine: engine.clone(), linked })
     }
+}
+
+/// Links WASI: wasmtime's own, but for the files.
+fn link_wasi(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
+    wasmtime_wasi::p2::add_to_linker_async(linker)?;
+    linker.allow_shadowing(true);
+    files::host::add_to_linker(linker, |state| FileView {
+        space: &mut state.space,
+        table: &mut state.resources,
+    })?;
+    linker.allow_shadowing(false);
+    Ok(())
 }
 
 /// Where a guest's standard streams go.
@@ -112,15 +125,13 @@ impl Instance {
     /// If the program needs more than its grants, or the pool is full.
     pub async fn new(program: &Program, grants: &Grants, streams: Streams) -> wasmtime::Result<Instance> {
         let log = GuestLog::new(Arc::clone(&grants.name));
-        let space = grants.files.take().map_err(wasmtime::Error::from_anyhow)?;
         let mut wasi = WasiCtxBuilder::new();
         wasi.envs(&grants.environment).max_random_size(MAX_RANDOM);
         match streams {
             Streams::Log => wasi.stdout(log.clone()).stderr(log.clone()),
             Streams::Inherit => wasi.inherit_stdio(),
         };
-        let mut wasi = wasi.build();
-        *wasi.filesystem() = space.mounts();
+        let wasi = wasi.build();
         let mut resources = ResourceTable::new();
         resources.set_max_capacity(MAX_RESOURCES);
         let state = HostState {
@@ -137,8 +148,7 @@ impl Instance {
             log,
             name: Arc::clone(&grants.name),
             exchange: None,
-            space: Some(space),
-            files: Arc::clone(&grants.files),
+            space: grants.files.space(),
         };
         let mut store = Store::new(&program.engine, state);
         store.limiter(|state| &mut state.limits);
@@ -301,18 +311,7 @@ pub struct HostState {
     name: Arc<str>,
     /// The request that the guest works on.
     exchange: Option<Exchange>,
-    space: Option<FileSpace>,
-    files: Arc<Files>,
-}
-
-impl Drop for HostState {
-    fn drop(&mut self) {
-        // Handles of open files go first: their files are about to be deleted.
-        self.resources = ResourceTable::new();
-        if let Some(space) = self.space.take() {
-            self.files.recycle(space);
-        }
-    }
+    space: FileSpace,
 }
 
 impl WasiView for HostState {
