@@ -11,7 +11,7 @@ use crate::artifact::Artifact;
 use crate::build::{self, BuildOptions, Progress};
 use crate::cache::Cache;
 use crate::cli::{GrantArgs, ProjectArgs};
-use crate::code;
+use crate::code::Loader;
 use crate::error::UserError;
 use crate::files::Files;
 use crate::instance::{Grants, Program};
@@ -36,10 +36,10 @@ pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantAr
     let cache = Cache::open()?;
     let path = locate(&cache, name, project, grants)?;
     let artifact = Artifact::open(&path)?;
-    let component = code::load(engine, &cache, &artifact, &|step| {
+    let code = Loader::new(engine, &cache).load(&artifact, grants.code, &|step| {
         tracing::info!("{step}; later starts reuse the result");
     })?;
-    let program = Program::link(engine, &component).map_err(|error| {
+    let program = Program::link(engine, &code).map_err(|error| {
         UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", path.display()))
             .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
     })?;

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::code::Sharing;
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -33,8 +34,11 @@ pub enum Command {
     Compile {
         /// The component.
         input: PathBuf,
-        /// Where the machine code goes.
+        /// The directory to make, for the machine code.
         output: PathBuf,
+        /// How much of the code is shared [default: as much as possible]
+        #[arg(long, value_enum)]
+        code: Option<Sharing>,
     },
 }
 
@@ -150,6 +154,9 @@ pub struct GrantArgs {
     /// A directory that the app sees as /data and may write to
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,
+    /// How much of the code is shared with other apps, to compare the ways
+    #[arg(long, value_enum, hide = true)]
+    pub code: Option<Sharing>,
 }
 
 /// Options of `exec`.

@@ -43,7 +43,9 @@ fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Exec(args) => exec::run(&args).map(ExitCode::from),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Compile { input, output } => code::compile(&input, &output).map(|()| ExitCode::SUCCESS),
+        Command::Compile { input, output, code } => {
+            code::compile(&input, &output, code).map(|()| ExitCode::SUCCESS)
+        }
     };
     done.unwrap_or_else(|error| {
         report(&error);
