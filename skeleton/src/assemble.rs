@@ -66,10 +66,13 @@ pub(crate) fn assemble(graph: &Graph<'_>) -> Result<Vec<u8>> {
         host_functions: Vec::new(),
         skeleton_functions: 0,
         first_export: None,
+        modules: 0,
+        has_tenant: false,
     };
     for section in &graph.sections {
         writer.section(section, &merged)?;
     }
+    ensure!(writer.has_tenant, "it imports no tenant");
     Ok(writer.component)
 }
 
@@ -146,16 +149,24 @@ struct Writer<'g, 'a> {
     /// Index of the first of the merged module's exports, once there is an
     /// instance of it.
     first_export: Option<u32>,
+    /// Number of the skeleton's core modules read.
+    modules: usize,
+    /// Whether the import of the tenant was read.
+    has_tenant: bool,
 }
 
 impl Writer<'_, '_> {
     fn section(&mut self, section: &Section<'_>, merged: &[u8]) -> Result<()> {
         match section.id {
-            id::CUSTOM | id::CORE_MODULE | id::CORE_INSTANCE => {}
+            id::CUSTOM | id::CORE_INSTANCE => {}
+            id::CORE_MODULE => self.modules += 1,
             id::IMPORT => {
                 self.component.extend_from_slice(section.whole);
                 for import in ComponentImportSectionReader::new(section.reader())? {
                     if let ComponentTypeRef::Module(_) = import?.ty {
+                        let is_last = self.modules == self.graph.modules.len();
+                        ensure!(is_last && !self.has_tenant, "it imports other modules than a tenant");
+                        self.has_tenant = true;
                         self.start(merged);
                     }
                 }

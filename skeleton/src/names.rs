@@ -26,6 +26,7 @@ pub(crate) fn merged(link: &Link<'_, '_>) -> Result<NameSection> {
         merged += 1;
     }
     let mut section = NameSection::new();
+    section.module("merged");
     section.functions(&names);
     Ok(section)
 }
