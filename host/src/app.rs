@@ -10,7 +10,6 @@ use crate::artifact::Artifact;
 use crate::build::{self, BuildOptions, Progress};
 use crate::cache::Cache;
 use crate::cli::{GrantArgs, SourceArgs};
-use crate::code;
 use crate::config::{
     DEFAULT_INSTANCES, DEFAULT_LIMITS, DEFAULT_TEMPORARY, Environment, Limits, TenantConfig,
 };
@@ -30,10 +29,10 @@ use crate::units::Size;
 /// A [`UserError`] if it is not one of ours.
 pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) -> Result<(Program, Grants)> {
     let artifact = Artifact::open(&config.app)?;
-    let component = code::load(&shared.engine, &shared.cache, &artifact, &|step| {
+    let code = shared.loader.load(&artifact, shared.sharing, &|step| {
         tracing::info!("{step}; later starts reuse the result");
     })?;
-    let program = Program::link(&shared.engine, &component).map_err(|error| {
+    let program = Program::link(&shared.engine, &code).map_err(|error| {
         UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", config.app.display()))
             .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
     })?;

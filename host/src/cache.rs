@@ -39,8 +39,10 @@ pub enum Bucket {
     Apps,
     /// File layers of apps, as plain tar archives.
     Layers,
-    /// Machine code that wasmtime maps.
+    /// Machine code of apps, as far as they do not share it.
     Compiled,
+    /// Machine code that apps share.
+    Skeletons,
 }
 
 impl Bucket {
@@ -52,7 +54,8 @@ impl Bucket {
             Bucket::Sites => "sites-v1",
             Bucket::Apps => "apps-v2",
             Bucket::Layers => "layers-v2",
-            Bucket::Compiled => "compiled-v1",
+            Bucket::Compiled => "compiled-v2",
+            Bucket::Skeletons => "skeletons-v1",
         }
     }
 }
@@ -110,6 +113,11 @@ impl Cache {
                 .remedy(format!("set {CACHE_VARIABLE} to a directory that can be written"))
         })?;
         Ok(Cache { root })
+    }
+
+    /// The directory that holds the cache.
+    pub fn root(&self) -> &Path {
+        &self.root
     }
 
     /// The entry `key`, if it is there.

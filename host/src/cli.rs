@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::code::Sharing;
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -37,8 +38,11 @@ pub enum Command {
     Compile {
         /// The component.
         input: PathBuf,
-        /// Where the machine code goes.
+        /// The directory to make, for the machine code.
         output: PathBuf,
+        /// How much of the code is shared [default: as much as possible]
+        #[arg(long, value_enum)]
+        code: Option<Sharing>,
     },
 }
 
@@ -185,6 +189,9 @@ pub struct GrantArgs {
     /// Bytes that an instance may keep in its /tmp, which is in memory
     #[arg(long, value_name = "SIZE", default_value = "64MiB")]
     pub tmp: Size,
+    /// How much of the code is shared with other apps, to compare the ways
+    #[arg(long, value_enum, hide = true)]
+    pub code: Option<Sharing>,
 }
 
 /// Options of `exec`.

@@ -1,127 +1,350 @@
 //! From a component to machine code in memory: compiled once per content in a
 //! process of its own, kept in the cache, mapped from there.
+//!
+//! All apps with the same interpreter and interfaces share one *skeleton*,
+//! which holds the code; an app's own part is its memory. The crate
+//! `wsgi-wasm-skeleton` takes components apart. What it refuses is compiled
+//! whole, and a skeleton that it can not merge is compiled as it is.
+//!
+//! | cache entry           | key                          | content                           |
+//! |-----------------------|------------------------------|-----------------------------------|
+//! | `compiled/`*app*      | digest of the component      | `layout.json`, and `tenant.cwasm` |
+//! |                       |                              | or `whole.cwasm`                  |
+//! | `skeletons/`*skeleton*| digest of the skeleton       | a component's machine code        |
+//!
+//! The settings of the engine are in each key, too.
 
+use std::collections::HashMap;
+use std::fmt;
 use std::hash::{Hash as _, Hasher};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
+use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use wasmtime::Engine;
 use wasmtime::component::Component;
+use wasmtime::{Engine, Module};
 
 use crate::artifact::Artifact;
-use crate::cache::{Bucket, Cache, Key};
+use crate::cache::{self, Bucket, CACHE_VARIABLE, Cache, Key};
 use crate::engine;
 use crate::error::UserError;
 
-/// Loads the machine code of `artifact`, which is compiled if the cache does
-/// not have it; `progress` hears about that, since it takes seconds.
-///
-/// # Errors
-///
-/// A [`UserError`] if the component is not valid.
-pub fn load(
-    engine: &Engine,
-    cache: &Cache,
-    artifact: &Artifact,
-    progress: &dyn Fn(&str),
-) -> Result<Component> {
-    let path = compiled(engine, cache, artifact, progress)?;
-    // SAFETY: wasmtime trusts the file to be what its own compiler wrote. The
-    // entry is named by the digest of the component and of all settings; only
-    // `compile` below writes it, by a rename when it is complete; and the
-    // cache refuses a directory that another user owns or may write. Whoever
-    // can still change it runs as this user and needs no such detour.
-    #[expect(unsafe_code, reason = "mapping precompiled code is what makes a start fast")]
-    let component = unsafe { Component::deserialize_file(engine, &path) };
-    component
-        .map_err(anyhow::Error::from)
-        .with_context(|| format!("failed to load the machine code `{}`", path.display()))
+/// Files of an app's entry.
+const LAYOUT: &str = "layout.json";
+const TENANT: &str = "tenant.cwasm";
+const WHOLE: &str = "whole.cwasm";
+
+/// An app's machine code, ready to be linked.
+pub struct Code {
+    /// All code: the app's own component or a skeleton.
+    pub component: Component,
+    /// The app's memory, which a skeleton imports.
+    pub tenant: Option<Module>,
+    /// How the code is laid out.
+    pub layout: Layout,
 }
 
-/// The cache entry with the machine code of `artifact`.
-///
-/// # Errors
-///
-/// As for [`load`].
-pub fn compiled(
-    engine: &Engine,
-    cache: &Cache,
-    artifact: &Artifact,
-    progress: &dyn Fn(&str),
-) -> Result<PathBuf> {
-    let mut settings = StableHasher::default();
-    engine.precompile_compatibility_hash().hash(&mut settings);
-    let key =
-        Key::new(Bucket::Compiled).with(settings.0.finalize()).with(artifact.component_digest()).finish();
-    cache.get_or_make(Bucket::Compiled, &key, |entry| {
-        progress("compiling to machine code");
-        compile_in_child(&artifact.component(), entry).map_err(|error| match error {
-            CompileError::Invalid(reason) => {
-                UserError::new(format!("`{}` is not a valid component: {reason}", artifact.path.display()))
-                    .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
-                    .into()
-            }
-            CompileError::Failed(error) => error,
-        })
-    })
+/// How much of an app's code is shared with other apps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Sharing {
+    /// None: the component was compiled whole.
+    Whole,
+    /// All, in the core modules that it came in.
+    Split,
+    /// All, in one core module.
+    Merged,
 }
 
-/// Why a component was not compiled.
-enum CompileError {
-    /// The component's fault, in wasmtime's words.
-    Invalid(String),
-    /// Ours or the machine's.
-    Failed(anyhow::Error),
+/// How an app's code is laid out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Layout {
+    /// How much of it is shared.
+    pub sharing: Sharing,
+    /// Key of the skeleton, if it is shared.
+    pub skeleton: Option<String>,
+    /// Why it is not shared, or not merged.
+    pub reason: Option<String>,
+}
+
+impl fmt::Display for Layout {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.sharing {
+            Sharing::Whole => write!(f, "not shared with other apps")?,
+            Sharing::Split | Sharing::Merged => write!(f, "shared by all apps with skeleton ")?,
+        }
+        if let Some(skeleton) = &self.skeleton {
+            write!(f, "{}", skeleton.get(..12).unwrap_or(skeleton))?;
+        }
+        match (self.sharing, &self.reason) {
+            (Sharing::Split, Some(reason)) => write!(f, ", not merged: {reason}"),
+            (_, Some(reason)) => write!(f, ": {reason}"),
+            (_, None) => Ok(()),
+        }
+    }
+}
+
+/// Loads apps for one engine. Apps that share a skeleton share its mapping.
+pub struct Loader {
+    engine: Engine,
+    cache: Cache,
+    /// The skeletons that are mapped, by their keys.
+    skeletons: Mutex<HashMap<String, Component>>,
+}
+
+impl Loader {
+    /// A loader that has loaded nothing.
+    pub fn new(engine: &Engine, cache: &Cache) -> Loader {
+        Loader { engine: engine.clone(), cache: cache.clone(), skeletons: Mutex::default() }
+    }
+
+    /// Loads the machine code of `artifact`, which is compiled if the cache
+    /// does not have it; `progress` hears about that, since it may take
+    /// seconds. As much is shared as possible, or as `sharing` demands.
+    ///
+    /// # Errors
+    ///
+    /// A [`UserError`] if the component is not valid.
+    pub fn load(
+        &self,
+        artifact: &Artifact,
+        sharing: Option<Sharing>,
+        progress: &dyn Fn(&str),
+    ) -> Result<Code> {
+        let compile = |entry: &Path| {
+            progress("compiling to machine code");
+            compile_in_child(&self.cache, artifact, sharing, entry)
+        };
+        let mut key = Key::new(Bucket::Compiled)
+            .with(settings(&self.engine))
+            .with(wsgi_wasm_skeleton::VERSION.to_le_bytes())
+            .with(artifact.component_digest());
+        if let Some(sharing) = sharing {
+            key.add([sharing as u8]);
+        }
+        let entry = self.cache.get_or_make(Bucket::Compiled, &key.finish(), compile)?;
+        let layout_path = entry.join(LAYOUT);
+        let layout = std::fs::read(&layout_path)
+            .with_context(|| format!("failed to read `{}`", layout_path.display()))?;
+        let layout: Layout = serde_json::from_slice(&layout)
+            .with_context(|| format!("failed to read `{}`", layout_path.display()))?;
+        let Some(skeleton) = &layout.skeleton else {
+            let component = self.map_component(&entry.join(WHOLE))?;
+            return Ok(Code { component, tenant: None, layout });
+        };
+        if self.cache.get(Bucket::Skeletons, skeleton).is_none() {
+            // Removed from the cache while the app's own part was not.
+            // Compiling the app again makes it; the app's part is there.
+            let scratch = tempfile::tempdir()?;
+            compile(&scratch.path().join("entry"))?;
+        }
+        let component = self.skeleton(skeleton)?;
+        let tenant = Some(self.map_module(&entry.join(TENANT))?);
+        Ok(Code { component, tenant, layout })
+    }
+
+    /// The skeleton `key`, mapped once for all its apps.
+    fn skeleton(&self, key: &str) -> Result<Component> {
+        let mut skeletons = self.skeletons.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(skeleton) = skeletons.get(key) {
+            return Ok(skeleton.clone());
+        }
+        let path = self
+            .cache
+            .get(Bucket::Skeletons, key)
+            .with_context(|| format!("the skeleton `{key}` is not in the cache"))?;
+        let skeleton = self.map_component(&path)?;
+        skeletons.insert(key.to_owned(), skeleton.clone());
+        Ok(skeleton)
+    }
+
+    fn map_component(&self, path: &Path) -> Result<Component> {
+        // SAFETY: wasmtime trusts the file to be what its own compiler wrote.
+        // The entry is named by the digest of what was compiled and of all
+        // settings; only `compile` below writes it, by a rename when it is
+        // complete; and the cache refuses a directory that another user owns
+        // or may write. Whoever can still change it runs as this user and
+        // needs no such detour.
+        #[expect(unsafe_code, reason = "mapping precompiled code is what makes a start fast")]
+        let component = unsafe { Component::deserialize_file(&self.engine, path) };
+        component.map_err(anyhow::Error::from).with_context(|| failed_to_load(path))
+    }
+
+    fn map_module(&self, path: &Path) -> Result<Module> {
+        // SAFETY: as in `map_component`.
+        #[expect(unsafe_code, reason = "memory is copied on write from the mapped file")]
+        let module = unsafe { Module::deserialize_file(&self.engine, path) };
+        module.map_err(anyhow::Error::from).with_context(|| failed_to_load(path))
+    }
+}
+
+fn failed_to_load(path: &Path) -> String {
+    format!("failed to load the machine code `{}`", path.display())
 }
 
 /// Compiles in a child process of this binary: a compiler in the server would
 /// leave some 200 MB of its memory behind, and a compiler bug that a hostile
 /// component provokes should not end the server.
-fn compile_in_child(component: &[u8], output: &Path) -> Result<(), CompileError> {
-    let run = || -> Result<std::process::Output> {
-        let binary = std::env::current_exe().context("failed to find our own binary")?;
-        let input = output.with_extension("component");
-        std::fs::write(&input, component)
-            .with_context(|| format!("failed to write `{}`", input.display()))?;
-        Command::new(binary)
-            .arg("compile")
-            .arg(&input)
-            .arg(output)
-            .stdin(Stdio::null())
-            .output()
-            .context("failed to start the compiler process")
-    };
-    let done = run().map_err(CompileError::Failed)?;
-    let message = String::from_utf8_lossy(&done.stderr).trim().to_owned();
-    match done.status.code() {
-        Some(0) => Ok(()),
-        Some(status) if status == i32::from(crate::error::EXIT_USAGE) => {
-            Err(CompileError::Invalid(message.trim_start_matches("error: ").to_owned()))
-        }
-        _ => Err(CompileError::Failed(anyhow::anyhow!(
-            "the compiler process ended with {}: {message}",
-            done.status
-        ))),
-    }
-}
-
-/// Compiles the component in the file `input` into the file `output`. The
-/// child's side of [`compiled`].
 ///
 /// # Errors
 ///
 /// A [`UserError`] if the component is not valid.
-pub fn compile(input: &Path, output: &Path) -> Result<()> {
-    let component = std::fs::read(input).with_context(|| format!("failed to read `{}`", input.display()))?;
-    let engine = engine::compiler().map_err(anyhow::Error::from)?;
-    if component.len() < 8 {
-        bail!("`{}` is empty", input.display());
+fn compile_in_child(
+    cache: &Cache,
+    artifact: &Artifact,
+    sharing: Option<Sharing>,
+    output: &Path,
+) -> Result<()> {
+    let binary = std::env::current_exe().context("failed to find our own binary")?;
+    let input = output.with_extension("component");
+    std::fs::write(&input, artifact.component())
+        .with_context(|| format!("failed to write `{}`", input.display()))?;
+    let mut command = Command::new(binary);
+    command.arg("compile").arg(&input).arg(output).env(CACHE_VARIABLE, cache.root()).stdin(Stdio::null());
+    if let Some(value) = sharing.as_ref().and_then(clap::ValueEnum::to_possible_value) {
+        command.arg("--code").arg(value.get_name());
     }
-    let code =
-        engine.precompile_component(&component).map_err(|error| UserError::new(format!("{error:#}")))?;
-    std::fs::write(output, code).with_context(|| format!("failed to write `{}`", output.display()))
+    let done = command.output().context("failed to start the compiler process")?;
+    let message = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+    match done.status.code() {
+        Some(0) => Ok(()),
+        Some(status) if status == i32::from(crate::error::EXIT_USAGE) => {
+            let reason = message.trim_start_matches("error: ");
+            Err(UserError::new(format!("`{}` is not a valid component: {reason}", artifact.path.display()))
+                .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
+                .into())
+        }
+        _ => bail!("the compiler process ended with {}: {message}", done.status),
+    }
+}
+
+/// Compiles the component in the file `input` into the new directory
+/// `output`, and its skeleton into the cache, if it is not there. The child's
+/// side of [`Loader::load`].
+///
+/// # Errors
+///
+/// A [`UserError`] if the component is not valid, or can not be shared as
+/// `sharing` demands.
+pub fn compile(input: &Path, output: &Path, sharing: Option<Sharing>) -> Result<()> {
+    let component = std::fs::read(input).with_context(|| format!("failed to read `{}`", input.display()))?;
+    let compiler =
+        Compiler { engine: engine::compiler().map_err(anyhow::Error::from)?, cache: Cache::open()?, output };
+    std::fs::create_dir(output).with_context(|| format!("failed to create `{}`", output.display()))?;
+    let shared = match sharing {
+        Some(Sharing::Whole) => Err(Refused("it was asked for".into()).into()),
+        _ => compiler.shared(&component, sharing),
+    };
+    let layout = match shared {
+        Ok(layout) => layout,
+        Err(error) => {
+            let Refused(reason) = error.downcast()?;
+            if matches!(sharing, Some(Sharing::Split | Sharing::Merged)) {
+                return Err(UserError::new(reason).into());
+            }
+            let code = compiler
+                .engine
+                .precompile_component(&component)
+                .map_err(|error| UserError::new(format!("{error:#}")))?;
+            compiler.write(WHOLE, &code)?;
+            Layout { sharing: Sharing::Whole, skeleton: None, reason: Some(reason) }
+        }
+    };
+    compiler.write(LAYOUT, &serde_json::to_vec(&layout)?)
+}
+
+/// The state of the child process.
+struct Compiler<'a> {
+    engine: Engine,
+    cache: Cache,
+    output: &'a Path,
+}
+
+impl Compiler<'_> {
+    /// Compiles the parts of `component`.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`] if it has none or they are not valid.
+    fn shared(&self, component: &[u8], sharing: Option<Sharing>) -> Result<Layout> {
+        let parts = wsgi_wasm_skeleton::split(component).map_err(|error| Refused(format!("{error:#}")))?;
+        let tenant = self.engine.precompile_module(&parts.tenant).map_err(|error| refused(&error))?;
+        self.write(TENANT, &tenant)?;
+        let merged = match sharing {
+            Some(Sharing::Split) => Err(Refused("it was asked for".into()).into()),
+            _ => self.skeleton(&parts.skeleton, Sharing::Merged),
+        };
+        match merged {
+            Ok(key) => Ok(Layout { sharing: Sharing::Merged, skeleton: Some(key), reason: None }),
+            Err(error) if sharing == Some(Sharing::Merged) => Err(error),
+            Err(error) => {
+                let Refused(reason) = error.downcast()?;
+                let key = self.skeleton(&parts.skeleton, Sharing::Split)?;
+                Ok(Layout { sharing: Sharing::Split, skeleton: Some(key), reason: Some(reason) })
+            }
+        }
+    }
+
+    /// Compiles `skeleton`, merged or as it is, if the cache does not have it,
+    /// and returns its key.
+    fn skeleton(&self, skeleton: &[u8], sharing: Sharing) -> Result<String> {
+        let key = Key::new(Bucket::Skeletons)
+            .with(settings(&self.engine))
+            .with(wsgi_wasm_skeleton::VERSION.to_le_bytes())
+            .with([sharing as u8])
+            .with(cache::sha256(skeleton))
+            .finish();
+        self.cache.get_or_make(Bucket::Skeletons, &key, |entry| {
+            let merged;
+            let skeleton = match sharing {
+                Sharing::Merged => {
+                    merged =
+                        wsgi_wasm_skeleton::merge(skeleton).map_err(|error| Refused(format!("{error:#}")))?;
+                    &merged
+                }
+                _ => skeleton,
+            };
+            let code = self.engine.precompile_component(skeleton).map_err(|error| refused(&error))?;
+            write(entry, &code)
+        })?;
+        Ok(key)
+    }
+
+    /// Writes a file of the app's entry.
+    fn write(&self, name: &str, content: &[u8]) -> Result<()> {
+        write(&self.output.join(name), content)
+    }
+}
+
+fn write(path: &Path, content: &[u8]) -> Result<()> {
+    std::fs::write(path, content).with_context(|| format!("failed to write `{}`", path.display()))
+}
+
+/// A component can not be shared, for this reason, or can not be merged. All
+/// other failures are the machine's.
+#[derive(Debug)]
+struct Refused(String);
+
+impl fmt::Display for Refused {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Refused {}
+
+fn refused(error: &wasmtime::Error) -> Refused {
+    Refused(format!("{error:#}"))
+}
+
+/// A digest of all settings that machine code depends on.
+fn settings(engine: &Engine) -> [u8; 32] {
+    let mut settings = StableHasher::default();
+    engine.precompile_compatibility_hash().hash(&mut settings);
+    settings.0.finalize().into()
 }
 
 /// A hasher whose result means the same in every process, unlike the standard

@@ -11,7 +11,7 @@ use crate::clock::Elapsed;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
 use crate::instance::{Instance, Streams};
-use crate::scheduler::{Scheduler, Share};
+use crate::scheduler::Share;
 use crate::tenants::Shared;
 
 /// Runs the command and returns its exit status.
@@ -26,7 +26,7 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
-    let shared = Shared { engine, cache, scheduler: Scheduler::new(), client_idle: Duration::MAX };
+    let shared = Shared::new(engine, cache, args.grants.code, Duration::MAX);
     let (program, grants) = app::load_artifact(&shared, &config, Share::new(1, None))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

@@ -9,7 +9,7 @@ use wasmtime::component::types::ComponentItem;
 use crate::artifact::{Artifact, Manifest};
 use crate::cache::Cache;
 use crate::cli::InspectArgs;
-use crate::code;
+use crate::code::{Layout, Loader};
 use crate::engine;
 use crate::units::approximate;
 
@@ -27,6 +27,8 @@ struct Description {
 struct ComponentDescription {
     size: usize,
     sha256: String,
+    /// How the code is shared with other apps on this host.
+    code: Layout,
     /// Interfaces that the host must provide.
     imports: Vec<String>,
     /// Interfaces that the app provides.
@@ -59,8 +61,8 @@ pub fn run(args: &InspectArgs) -> Result<()> {
 fn describe(artifact: &Artifact) -> Result<Description> {
     let cache = Cache::open()?;
     let engine = engine::compiler().map_err(anyhow::Error::from)?;
-    let component = code::load(&engine, &cache, artifact, &|_| {})?;
-    let component_type = component.component_type();
+    let code = Loader::new(&engine, &cache).load(artifact, None, &|_| {})?;
+    let component_type = code.component.component_type();
     let digest = artifact.component_digest();
     Ok(Description {
         path: artifact.path.display().to_string(),
@@ -68,7 +70,13 @@ fn describe(artifact: &Artifact) -> Result<Description> {
         component: ComponentDescription {
             size: artifact.component_size(),
             sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
-            imports: component_type.imports(&engine).map(|(name, _)| name.to_owned()).collect(),
+            code: code.layout,
+            imports: component_type
+                .imports(&engine)
+                // A skeleton's import of the app's own part is met by the app.
+                .filter(|(_, item)| !matches!(item.ty, ComponentItem::Module(_)))
+                .map(|(name, _)| name.to_owned())
+                .collect(),
             exports: component_type
                 .exports(&engine)
                 // componentize-py adds one without a package, which is its own.
@@ -120,6 +128,7 @@ fn text(description: &Description) -> Result<String> {
             let name = format!("layer {} at {}", layer.name, layer.guest_path);
             writeln!(out, "  {name:<24} {}", size(layer.packed_size))?;
         }
+        writeln!(out, "\ncode         {}", description.component.code)?;
         writeln!(out, "\nimports")?;
         for import in &description.component.imports {
             writeln!(out, "  {import}")?;

@@ -5,11 +5,12 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::Method;
-use wasmtime::component::{Component, HasSelf, Linker, ResourceTable};
+use wasmtime::component::{HasSelf, Linker, ResourceTable};
 use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use crate::clock::{Clock, Elapsed};
+use crate::code::Code;
 use crate::engine::{HOSTCALL_FUEL, MAX_RESOURCES};
 use crate::exchange::{self, Exchange, Head, SendError};
 use crate::failure::Failure;
@@ -66,16 +67,20 @@ pub struct Program {
 }
 
 impl Program {
-    /// Links `component` with the host.
+    /// Links `code` with the host and, if it is shared, with the app's own
+    /// part.
     ///
     /// # Errors
     ///
     /// If it does not export our world, or imports what the host does not have.
-    pub fn link(engine: &Engine, component: &Component) -> wasmtime::Result<Program> {
+    pub fn link(engine: &Engine, code: &Code) -> wasmtime::Result<Program> {
         let mut linker = Linker::<HostState>::new(engine);
         link_wasi(&mut linker)?;
         bindings::Application::add_to_linker::<_, HasSelf<_>>(&mut linker, |state| state)?;
-        let linked = bindings::ApplicationPre::new(linker.instantiate_pre(component)?)?;
+        if let Some(tenant) = &code.tenant {
+            linker.root().module(wsgi_wasm_skeleton::TENANT, tenant)?;
+        }
+        let linked = bindings::ApplicationPre::new(linker.instantiate_pre(&code.component)?)?;
         Ok(Program { engine: engine.clone(), linked })
     }
 }

@@ -51,7 +51,9 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Check(args) => serve::check(&args).map(|()| ExitCode::SUCCESS),
         Command::Ctl(args) => control::run(&args).map(|()| ExitCode::SUCCESS),
-        Command::Compile { input, output } => code::compile(&input, &output).map(|()| ExitCode::SUCCESS),
+        Command::Compile { input, output, code } => {
+            code::compile(&input, &output, code).map(|()| ExitCode::SUCCESS)
+        }
     };
     done.unwrap_or_else(|error| {
         report(&error);

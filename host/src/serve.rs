@@ -19,7 +19,7 @@ use crate::control;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
 use crate::listener::{Address, Listener};
-use crate::scheduler::{Scheduler, processors};
+use crate::scheduler::processors;
 use crate::tenants::{Shared, Source, Tenants};
 
 /// Where to listen if nothing is said.
@@ -45,7 +45,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .build()
         .context("failed to start the runtime")?;
     let client_idle = args.client_timeout.0;
-    let shared = Arc::new(Shared { engine, cache, scheduler: Scheduler::new(), client_idle });
+    let shared = Arc::new(Shared::new(engine, cache, args.grants.code, client_idle));
     let served = runtime.block_on(async {
         let tenants = Tenants::start(shared, plan.source, plan.state).await?;
         let server = Server {

@@ -19,6 +19,7 @@ use wasmtime::Engine;
 
 use crate::app;
 use crate::cache::Cache;
+use crate::code::{Loader, Sharing};
 use crate::config::{HostPattern, TenantConfig};
 use crate::failure::Failure;
 use crate::handler::{self, App, RequestLimits};
@@ -39,12 +40,24 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 pub struct Shared {
     /// Runs their code.
     pub engine: Engine,
-    /// Has their code.
+    /// Has their code and files.
     pub cache: Cache,
+    /// Loads their code, of which they share most.
+    pub loader: Loader,
+    /// How much of it they share, if that is not left to the loader.
+    pub sharing: Option<Sharing>,
     /// Divides the processors among them.
     pub scheduler: Arc<Scheduler>,
     /// Time that a client may send or take no byte of a body.
     pub client_idle: Duration,
+}
+
+impl Shared {
+    /// What tenants on `engine` share.
+    pub fn new(engine: Engine, cache: Cache, sharing: Option<Sharing>, client_idle: Duration) -> Shared {
+        let loader = Loader::new(&engine, &cache);
+        Shared { engine, cache, loader, sharing, scheduler: Scheduler::new(), client_idle }
+    }
 }
 
 /// One version of one tenant.

@@ -24,6 +24,8 @@ mod harness;
 mod requests;
 /// `serve` from start to stop.
 mod serving;
+/// Whole, split and merged code do the same.
+mod sharing;
 /// The heap that the app wakes up in: randomness, environment, files.
 mod snapshot;
 /// Bodies of any size in bounded memory.

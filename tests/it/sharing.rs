@@ -1,0 +1,102 @@
+use std::time::{Duration, Instant};
+
+use crate::harness::{Server, guest, run, wsgi_wasm};
+
+/// The ways to lay out an app's code, the plainest first.
+const WAYS: [&str; 3] = ["whole", "split", "merged"];
+
+/// What tells one response from another, without the request's id.
+type Seen = (u16, Option<String>, Vec<u8>);
+
+/// The responses of `guest` to `paths`, with its code laid out as `way` says.
+fn responses(guest: &str, way: &str, paths: &[&str]) -> Vec<Seen> {
+    let server = Server::start(guest, &["--code", way, "--instances", "1"]);
+    let responses = paths.iter().map(|path| {
+        let response = server.get(path);
+        let header = response.header("content-type").map(str::to_owned);
+        let body = if response.status == 500 { Vec::new() } else { response.body };
+        (response.status, header, body)
+    });
+    let responses = responses.collect();
+    server.finish();
+    responses
+}
+
+#[test]
+fn each_app_answers_the_same_however_its_code_is_laid_out() {
+    let behaviours = [
+        "/hello",
+        "/count-only",
+        "/large?3",
+        "/large-whole?100000",
+        "/stream?3",
+        "/write-callable",
+        "/cookies",
+        "/recurse",
+        "/recurse-in-c",
+        "/text-chunk",
+        "/passwords",
+        "/allocate-and-catch",
+        "/served",
+    ];
+    let flask = ["/", "/square/9", "/rest/a/%C3%BC", "/api/sum", "/download", "/refuse/418", "/fail"];
+    let django = ["/about/", "/stream/", "/999/", "/static/notes/style.css", "/fail/"];
+    for (guest, paths) in [
+        ("behaviours", &behaviours[..]),
+        ("flask", &flask),
+        ("django", &django),
+        ("bottle", &["/", "/square/3", "/static/style.css"]),
+        ("falcon", &["/", "/api/items", "/about", "/static/style.css"]),
+    ] {
+        let whole = responses(guest, WAYS[0], paths);
+        assert!(whole.iter().any(|(status, ..)| *status == 200), "{guest} answers nothing");
+        for way in &WAYS[1..] {
+            for (path, (seen, expected)) in paths.iter().zip(responses(guest, way, paths).iter().zip(&whole))
+            {
+                assert!(seen == expected, "{guest} {way} {path}: {} instead of {}", seen.0, expected.0);
+            }
+        }
+    }
+}
+
+#[test]
+fn limits_and_traps_are_the_same_however_the_code_is_laid_out() {
+    for way in WAYS {
+        let server = Server::start("behaviours", &["--code", way, "--instances", "1", "--timeout", "500ms"]);
+        assert_eq!(server.get("/abort").status, 500, "{way}");
+        // The backtrace names the functions of C.
+        server.wait_for_log(&["!abort"]);
+        server.wait_for_log(&["!os_abort"]);
+        server.wait_for_log(&["!_PyEval_EvalFrameDefault"]);
+        server.wait_for_log(&["`unreachable` instruction executed"]);
+        let start = Instant::now();
+        assert_eq!(server.get("/spin").status, 504, "{way}");
+        assert!(start.elapsed() >= Duration::from_millis(500), "{way}");
+        assert_eq!(server.get("/recurse").status, 500, "{way}");
+        server.wait_for_log(&["RecursionError"]);
+        assert_eq!(server.get("/served").ok(), "2", "{way}: recursion costs no instance");
+        server.finish();
+    }
+}
+
+#[test]
+fn inspect_tells_how_the_code_is_laid_out() {
+    let described = |guest_name: &str| {
+        let output = run(wsgi_wasm().arg("inspect").arg("--json").arg(guest(guest_name))).success();
+        let description: serde_json::Value = serde_json::from_str(&output.stdout).unwrap();
+        description["component"]["code"].clone()
+    };
+    let (flask, django) = (described("flask"), described("django"));
+    assert_eq!(flask["sharing"], "merged");
+    assert_eq!(flask, django, "both have the same skeleton");
+    let text = run(wsgi_wasm().arg("inspect").arg(guest("flask"))).success().stdout;
+    assert!(text.contains("shared by all apps with skeleton"), "{text}");
+
+    // An empty component, which every other tool can make.
+    let directory = tempfile::tempdir().unwrap();
+    let empty = directory.path().join("empty.wasm");
+    std::fs::write(&empty, b"\0asm\x0d\0\x01\0").unwrap();
+    let text = run(wsgi_wasm().arg("inspect").arg(&empty)).success().stdout;
+    assert!(text.contains("not shared with other apps: it is not linked from shared libraries"), "{text}");
+    run(wsgi_wasm().args(["serve", "--code", "merged"]).arg(&empty)).refused(&["shared libraries"]);
+}
