@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result};
+use cap_std::ambient_authority;
+use cap_std::fs::Dir;
 use tempfile::TempDir;
 use wasmtime_wasi::filesystem::WasiFilesystemCtx;
 use wasmtime_wasi::{FsPerms, WasiCtxBuilder};
@@ -112,6 +114,39 @@ impl Files {
             Ok(runtime) => drop(runtime.spawn_blocking(clean)),
             Err(_) => clean(),
         }
+    }
+
+    /// Opens the file that a guest with `space` sees at the absolute
+    /// `guest_path`, for the host to read. Nothing outside its mounts is
+    /// found: no link leads out of them.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such file.
+    pub async fn open_for_sending(
+        &self,
+        space: &FileSpace,
+        guest_path: &str,
+    ) -> std::io::Result<std::fs::File> {
+        let layers = self.layers.iter().map(|(layer, path)| (layer.guest_path(), path.as_path()));
+        let own = [(TEMPORARY, Some(space.temporary.path())), (DATA, self.data.as_deref())];
+        let own = own.into_iter().filter_map(|(guest_path, path)| Some((guest_path, path?)));
+        let (directory, rest) = layers
+            .chain(own)
+            .find_map(|(mount, path)| {
+                let rest = guest_path.strip_prefix(mount)?.strip_prefix('/')?;
+                Some((path.to_path_buf(), rest.to_owned()))
+            })
+            .ok_or(std::io::ErrorKind::NotFound)?;
+        let open = move || {
+            let directory = Dir::open_ambient_dir(directory, ambient_authority())?;
+            // Opening a pipe would wait for its other end.
+            if !directory.metadata(&rest)?.is_file() {
+                return Err(std::io::ErrorKind::NotFound.into());
+            }
+            Ok(directory.open(&rest)?.into_std())
+        };
+        tokio::task::spawn_blocking(open).await?
     }
 
     fn give_back(&self, space: FileSpace) {

@@ -14,14 +14,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
 
+use crate::early_hints::EarlyHints;
 use crate::environ::{self, Connection};
 use crate::exchange::{Event, Exchange, Head, RequestBody};
 use crate::failure::Failure;
+use crate::file_part::FilePart;
 use crate::instance::Reply;
 use crate::pool::{Lease, Pool};
 use crate::request_id::RequestId;
@@ -77,7 +79,7 @@ async fn respond(
     parts: &http::request::Parts,
     incoming: Incoming,
 ) -> Result<Response<ResponseBody>, Failure> {
-    let environ = environ::environ(parts, connection)?;
+    let environ = environ::environ(parts, connection, "")?;
     let mut body = RequestBody::new(incoming, app.limits.body, app.limits.client_idle)?;
     let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
     // Reading answers `Expect: 100-continue`, which is the app's to decide.
@@ -88,7 +90,10 @@ async fn respond(
     };
     let lease = app.pool.lease().await?;
     let (sender, events) = mpsc::channel(1);
-    let exchange = Exchange::new(body, sender, app.limits.client_idle);
+    // A client that speaks HTTP/1.0 knows no interim responses (RFC 9110
+    // section 15.2), and hyper can not send them on HTTP/2.
+    let hints = parts.extensions.get::<EarlyHints>().filter(|_| parts.version == Version::HTTP_11);
+    let exchange = Exchange::new(body, sender, app.limits.client_idle).with_hints(hints.cloned());
     let call = call(lease, id, parts.method.clone(), environ, inline, exchange, app.limits.timeout);
     let mut running = Running {
         call: Some(Box::pin(call)),
@@ -101,6 +106,11 @@ async fn respond(
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, body) => Ok(head.into_response(ResponseBody::Complete(Some(body)))),
         First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
+        First::File(head, part) => {
+            // The guest has no part in it any more; its instance comes free.
+            running.detach();
+            Ok(head.into_response(ResponseBody::File(part, running)))
+        }
     }
 }
 
@@ -144,6 +154,7 @@ pub struct Running {
 enum First {
     Complete(Head, Bytes),
     Streaming(Head),
+    File(Head, FilePart),
 }
 
 impl Running {
@@ -154,6 +165,7 @@ impl Running {
             // A head that was sent is of no use if the guest has failed since.
             (_, Poll::Ready(Err(failure))) => Poll::Ready(Err(failure)),
             (Ok(Event::Head(head)), _) => Poll::Ready(Ok(First::Streaming(head))),
+            (Ok(Event::File(head, part)), _) => Poll::Ready(Ok(First::File(head, part))),
             (_, Poll::Ready(Ok(Reply::Complete(head, body)))) => Poll::Ready(Ok(First::Complete(head, body))),
             (_, Poll::Ready(Ok(Reply::Streamed))) => Poll::Ready(Err(Failure::App)),
             (_, Poll::Pending) => Poll::Pending,
@@ -166,7 +178,7 @@ impl Running {
             match self.events.try_recv() {
                 Ok(Event::Chunk(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
                 Ok(Event::End) => return Poll::Ready(None),
-                Ok(Event::Head(_)) => continue,
+                Ok(Event::Head(_) | Event::File(..)) => continue,
                 Err(_) => {}
             }
             match &mut self.failed {
@@ -208,8 +220,9 @@ impl Running {
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
+impl Running {
+    /// Lets the guest go on in a task of its own, if it is still at work.
+    fn detach(&mut self) {
         let Some(call) = self.call.take() else { return };
         // Closed, so that the guest's next write says that the client is gone.
         self.events.close();
@@ -227,12 +240,20 @@ impl Drop for Running {
     }
 }
 
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
 /// The body of a response.
 pub enum ResponseBody {
     /// All of it, until it is taken.
     Complete(Option<Bytes>),
     /// What the guest still works on.
     Streaming(Running),
+    /// A part of a file, and what tells whose it is.
+    File(FilePart, Running),
 }
 
 impl Body for ResponseBody {
@@ -249,6 +270,14 @@ impl Body for ResponseBody {
                 Poll::Ready(body.map(|body| Ok(Frame::data(body))))
             }
             ResponseBody::Streaming(running) => running.poll_next(context),
+            ResponseBody::File(part, running) => part.poll_next(context).map(|block| {
+                Some(block?.map(Frame::data).map_err(|error| {
+                    let failure = Failure::BadResponse("a file could not be read to its end");
+                    tracing::debug!("a file could not be read to its end: {error}");
+                    log(&running.app, running.id, &running.method, failure);
+                    failure
+                }))
+            }),
         }
     }
 
@@ -256,6 +285,7 @@ impl Body for ResponseBody {
         match self {
             ResponseBody::Complete(body) => body.as_ref().is_none_or(Bytes::is_empty),
             ResponseBody::Streaming(_) => false,
+            ResponseBody::File(part, _) => part.left() == 0,
         }
     }
 
@@ -263,6 +293,7 @@ impl Body for ResponseBody {
         match self {
             ResponseBody::Complete(body) => SizeHint::with_exact(body.as_ref().map_or(0, Bytes::len) as u64),
             ResponseBody::Streaming(_) => SizeHint::default(),
+            ResponseBody::File(part, _) => SizeHint::with_exact(part.left()),
         }
     }
 }

@@ -13,6 +13,7 @@ use crate::deadline::{Deadline, Elapsed};
 use crate::engine::{HOSTCALL_FUEL, MAX_RESOURCES};
 use crate::exchange::{self, Exchange, Head, SendError};
 use crate::failure::Failure;
+use crate::file_part::FilePart;
 use crate::files::{FileSpace, Files};
 use crate::guest_log::GuestLog;
 use crate::key_derivation::{self, Digest, Refusal};
@@ -325,6 +326,32 @@ impl response::Host for HostState {
         };
         let _pause = self.deadline.pause();
         sent(exchange.finish().await)
+    }
+
+    async fn send_file(
+        &mut self,
+        head: Vec<u8>,
+        path: String,
+        offset: u64,
+        length: u64,
+    ) -> Result<bool, response::WriteError> {
+        let (Some(exchange), Some(space)) = (&mut self.exchange, &self.space) else {
+            return Err(response::WriteError::Refused);
+        };
+        let file = self.files.open_for_sending(space, &path).await.ok();
+        let Some(part) = file.and_then(|file| FilePart::new(file, offset, length)) else {
+            return Ok(false);
+        };
+        let _pause = self.deadline.pause();
+        sent(exchange.send_file(&head, part).await).map(|()| true)
+    }
+
+    async fn early_hints(&mut self, fields: Vec<u8>) -> Result<(), response::WriteError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(response::WriteError::Refused);
+        };
+        let _pause = self.deadline.pause();
+        sent(exchange.early_hints(&fields).await)
     }
 }
 
