@@ -28,3 +28,5 @@ mod serving;
 mod snapshot;
 /// Bodies of any size in bounded memory.
 mod streaming;
+/// PEP 3333 to the letter, and the extensions.
+mod wsgi;
