@@ -22,16 +22,17 @@ REQUEST = {
 
 
 def block(**variables):
-    """Returns the SCGI block for a GET of `/`, with variables added or (None) taken away."""
+    """Returns the environ block for a GET of `/`, with variables added or (None) taken away."""
     environ = {name: value for name, value in {**REQUEST, **variables}.items() if value is not None}
-    return "".join(f"{name}\0{value}\0" for name, value in environ.items()).encode("latin-1")
+    return "\0".join([*environ, "", *environ.values()]).encode("latin-1")
 
 
 class Host:
     """Records what `wsgi.run` does; `events` holds it in order."""
 
-    def __init__(self, pulls=(), gone_after=None):
+    def __init__(self, pulls=(), gone_after=None, sends_files=True):
         self.pulls = list(pulls)
+        self.sends_files = sends_files
         self.gone_after = gone_after
         self.events = []
         self.logged = ""
@@ -53,6 +54,15 @@ class Host:
 
     def finish(self):
         self._event("finish", None)
+
+    def send_file(self, head, path, offset, length):
+        if not self.sends_files:
+            return False
+        self._event("send_file", (head, path, offset, length))
+        return True
+
+    def early_hints(self, fields):
+        self._event("early_hints", fields)
 
     def log(self, text):
         self.logged += text

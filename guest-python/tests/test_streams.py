@@ -1,4 +1,7 @@
+import gzip
 import io
+import os
+import tempfile
 import unittest
 
 from tests import support  # noqa: F401
@@ -159,10 +162,134 @@ class OpenInput(unittest.TestCase):
         self.assertEqual(text.read(), "ä\nb")
 
 
+class Files(unittest.TestCase):
+    """What of a file-like object is left to the host."""
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, "file")
+        with open(self.path, "wb") as file:
+            file.write(b"0123456789")
+
+    def assert_file(self, filelike, offset, size):
+        wrapper = FileWrapper(filelike)
+        self.assertEqual(wrapper.size(), size)
+        self.assertEqual(wrapper.locate(), (self.path, offset))
+
+    def test_a_real_file_from_its_position(self):
+        for buffering in (-1, 0):
+            with open(self.path, "rb", buffering) as file:
+                self.assert_file(file, 0, 10)
+                file.read(3)
+                self.assert_file(file, 3, 7)
+                file.seek(0, 2)
+                self.assert_file(file, 10, 0)
+                file.seek(100)
+                self.assert_file(file, 100, 0)
+
+    def test_a_relative_path(self):
+        before = os.getcwd()
+        os.chdir(os.path.dirname(self.path))
+        self.addCleanup(os.chdir, before)
+        with open("file", "rb") as file:
+            self.assertTrue(os.path.samefile(FileWrapper(file).locate()[0], self.path))
+            self.assertTrue(os.path.isabs(FileWrapper(file).locate()[0]))
+
+    def test_what_was_written_is_flushed(self):
+        with open(self.path, "r+b") as file:
+            file.write(b"abcdefghijkl")
+            file.seek(2)
+            self.assert_file(file, 2, 10)
+            self.assertEqual(os.path.getsize(self.path), 12)
+
+    def test_temporary_files(self):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(b"0123")
+            file.seek(1)
+            self.assertEqual(FileWrapper(file).size(), 3)
+            self.assertEqual(FileWrapper(file).locate(), (file.name, 1))
+        # It has no name.
+        with tempfile.TemporaryFile() as file:
+            self.assertIsNone(FileWrapper(file).locate())
+
+    def test_a_proxy_whose_read_is_that_of_the_file(self):
+        class Proxy:
+            def __init__(self, file):
+                self.file = file
+
+            read = property(lambda self: self.file.read)
+            tell = property(lambda self: self.file.tell)
+
+        with open(self.path, "rb") as file:
+            self.assert_file(Proxy(file), 0, 10)
+
+    def test_a_file_that_was_replaced_or_removed(self):
+        with open(self.path, "rb") as file:
+            os.rename(self.path, self.path + "2")
+            self.assertIsNone(FileWrapper(file).locate())
+            with open(self.path, "wb") as other:
+                other.write(b"another")
+            self.assertIsNone(FileWrapper(file).locate())
+
+    def test_what_only_looks_like_a_file(self):
+        class Upper(io.BufferedReader):
+            def read(self, size=-1):
+                return super().read(size).upper()
+
+        with (
+            gzip.open(self.path + ".gz", "wb") as zipped,
+            open(self.path, "rb") as file,
+            open(self.path) as text,
+            Upper(io.FileIO(self.path)) as upper,
+            open(self.path, "ab") as appending,
+            open(os.open(self.path, os.O_RDONLY), "rb") as unnamed,
+        ):
+            class Limited:
+                def __init__(self):
+                    self.fileno, self.name, self.tell = file.fileno, file.name, file.tell
+
+                def read(self, size):
+                    return file.read(min(size, 2))
+
+            for filelike in (io.BytesIO(b"x"), zipped, text, upper, appending, Limited()):
+                self.assertIsNone(FileWrapper(filelike).size(), filelike)
+                self.assertIsNone(FileWrapper(filelike).locate(), filelike)
+            self.assertIsNone(FileWrapper(unnamed).locate())
+        # Closed by now.
+        self.assertIsNone(FileWrapper(file).size())
+
+    def test_a_device_has_no_size(self):
+        with open("/dev/zero", "rb") as file:
+            self.assertIsNone(FileWrapper(file).size())
+
+
 class Wrapper(unittest.TestCase):
     def test_blocks(self):
-        self.assertEqual(list(FileWrapper(io.BytesIO(b"abcde"), 2)), [b"ab", b"cd", b"e"])
-        self.assertEqual(len(next(FileWrapper(io.BytesIO(b"x" * 9000)))), 8192)
+        # A block size is a suggestion: small ones are not taken.
+        self.assertEqual(list(FileWrapper(io.BytesIO(b"abcde"), 2)), [b"abcde"])
+        content = b"x" * (65536 * 2 + 1)
+        self.assertEqual([len(block) for block in FileWrapper(io.BytesIO(content))], [65536, 65536, 1])
+        blocks = FileWrapper(io.BytesIO(content), 100_000)
+        self.assertEqual([len(block) for block in blocks], [100_000, 31_073])
+
+    def test_room(self):
+        wrapper = FileWrapper(io.BytesIO(b"0123456789"))
+        wrapper.room = 4
+        self.assertEqual(list(wrapper), [b"0123"])
+
+    def test_seek(self):
+        wrapper = FileWrapper(io.BytesIO(b"0123456789"))
+        self.assertTrue(wrapper.seekable())
+        wrapper.seek(7)
+        self.assertEqual(wrapper.tell(), 7)
+        self.assertEqual(list(wrapper), [b"789"])
+
+        class OnlyRead:
+            def read(self, size):
+                return b""
+
+        self.assertFalse(FileWrapper(OnlyRead()).seekable())
 
     def test_close_is_that_of_the_file(self):
         file = io.BytesIO()

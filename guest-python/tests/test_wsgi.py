@@ -1,5 +1,7 @@
 import io
+import os
 import sys
+import tempfile
 import unittest
 from wsgiref.validate import validator
 
@@ -71,7 +73,7 @@ class Environ(unittest.TestCase):
         self.assertIs(seen["wsgi.input_terminated"], True)
         self.assertIs(seen["wsgi.errors"], sys.stderr)
         self.assertEqual(seen["wsgi.input"].read(), b"")
-        self.assertEqual(list(seen["wsgi.file_wrapper"](io.BytesIO(b"ab"), 1)), [b"a", b"b"])
+        self.assertEqual(list(seen["wsgi.file_wrapper"](io.BytesIO(b"ab"), 1)), [b"ab"])
 
     def test_a_request_does_not_see_the_environ_of_another(self):
         def application(environ, start_response):
@@ -240,15 +242,183 @@ class Stream(unittest.TestCase):
         self.assertIn("KeyError: 'late'", host.logged)
 
     def test_file_wrapper(self):
-        file = io.BytesIO(b"0123456789")
+        file = io.BytesIO(b"x" * 65536 + b"end")
 
         def application(environ, start_response):
             start_response("200 OK", PLAIN)
             return environ["wsgi.file_wrapper"](file, 4)
 
         _, host = run(application)
-        self.assertEqual([data for _, data in host.events[1:4]], [b"0123", b"4567", b"89"])
+        self.assertEqual([data for _, data in host.events[1:3]], [b"x" * 65536, b"end"])
         self.assertTrue(file.closed)
+
+
+class Files(unittest.TestCase):
+    """`wsgi.file_wrapper` with files that the host can send."""
+
+    SIZE = 200_000
+
+    def setUp(self):
+        directory = tempfile.TemporaryDirectory()
+        self.addCleanup(directory.cleanup)
+        self.path = os.path.join(directory.name, "file")
+        self.content = os.urandom(self.SIZE)
+        with open(self.path, "wb") as file:
+            file.write(self.content)
+
+    def serve(self, host=None, headers=PLAIN, position=0, path=None, **variables):
+        self.file = open(path or self.path, "rb")
+        self.addCleanup(self.file.close)
+        self.file.seek(position)
+
+        def application(environ, start_response):
+            start_response("200 OK", list(headers))
+            return environ["wsgi.file_wrapper"](self.file)
+
+        answer, host = run(application, host, **variables)
+        self.assertTrue(self.file.closed)
+        self.assertEqual(host.logged, "")
+        return answer, host
+
+    def test_the_host_sends_it(self):
+        answer, host = self.serve()
+        head = b"Status: 200 OK\r\nContent-Type: text/plain\r\nContent-Length: 200000\r\n\r\n"
+        self.assertEqual(host.events, [("send_file", (head, self.path, 0, self.SIZE))])
+        self.assertEqual(answer, b"")
+
+    def test_from_its_position(self):
+        _, host = self.serve(position=100_000)
+        head, path, offset, length = host.events[0][1]
+        self.assertIn(b"Content-Length: 100000\r\n", head)
+        self.assertEqual((path, offset, length), (self.path, 100_000, 100_000))
+
+    def test_as_much_as_the_length_says(self):
+        declared = [("Content-Length", "70000")]
+        _, host = self.serve(headers=declared, position=5)
+        self.assertEqual(host.events[0][1][2:], (5, 70_000))
+        # Also without the host's help.
+        _, host = self.serve(Host(sends_files=False), declared, position=5)
+        self.assertEqual(host.body, self.content[5:70_005])
+        self.assertEqual(host.kinds[-1], "finish")
+
+    def test_a_small_one_is_returned(self):
+        answer, host = self.serve(position=self.SIZE - 10)
+        self.assertEqual(answer[-10:], self.content[-10:])
+        self.assertIn(b"Content-Length: 10\r\n", answer)
+        self.assertEqual(host.events, [])
+        answer, _ = self.serve(position=self.SIZE)
+        self.assertTrue(answer.endswith(b"Content-Length: 0\r\n\r\n"))
+
+    def test_the_host_can_not(self):
+        answer, host = self.serve(Host(sends_files=False))
+        self.assertIn(b"Content-Length: 200000\r\n", host.head)
+        self.assertEqual(host.body, self.content)
+        self.assertEqual(host.kinds[-1], "finish")
+
+    def test_no_real_file(self):
+        def application(environ, start_response):
+            start_response("200 OK", PLAIN)
+            return environ["wsgi.file_wrapper"](io.BytesIO(self.content))
+
+        _, host = run(application)
+        self.assertEqual(host.body, self.content)
+        self.assertNotIn(b"Content-Length", host.head)
+
+    def test_shorter_than_declared_is_a_failure_before_the_head(self):
+        file = open(self.path, "rb")
+
+        def application(environ, start_response):
+            start_response("200 OK", [("Content-Length", "200001")])
+            return environ["wsgi.file_wrapper"](file)
+
+        answer, host = run(application)
+        self.assertEqual((answer, host.events), (b"", []))
+        self.assertIn("Content-Length is 200001", host.logged)
+        self.assertTrue(file.closed)
+
+    def test_nothing_is_read_for_a_head_request(self):
+        answer, host = self.serve(REQUEST_METHOD="HEAD")
+        self.assertTrue(answer.endswith(b"\r\nContent-Length: 200000\r\n\r\n"))
+        self.assertEqual(host.events, [])
+
+    def test_after_write(self):
+        file = open(self.path, "rb")
+
+        def application(environ, start_response):
+            start_response("200 OK", PLAIN)(b"first")
+            return environ["wsgi.file_wrapper"](file)
+
+        _, host = run(application)
+        self.assertEqual(host.body, b"first" + self.content)
+        self.assertNotIn("send_file", host.kinds)
+
+    def test_the_client_is_gone(self):
+        file = open(self.path, "rb")
+
+        def application(environ, start_response):
+            start_response("200 OK", PLAIN)
+            return environ["wsgi.file_wrapper"](file)
+
+        answer, host = run(application, Host(gone_after=0))
+        self.assertEqual((answer, host.events), (b"", []))
+        self.assertIn("stopped", host.logged)
+        self.assertTrue(file.closed)
+
+    def test_before_start_response(self):
+        with open(self.path, "rb") as file:
+            answer, host = run(lambda environ, _: environ["wsgi.file_wrapper"](file))
+        self.assertEqual((answer, host.events), (b"", []))
+        self.assertIn("before start_response", host.logged)
+
+
+class EarlyHints(unittest.TestCase):
+    HINTS = [("Link", "</a.css>; rel=preload; as=style"), ("link", "</b.js>; rel=preload")]
+
+    def hint(self, headers, **variables):
+        errors = []
+
+        def application(environ, start_response):
+            try:
+                environ["wsgi.early_hints"](headers)
+            except Exception as error:
+                errors.append(error)
+            start_response("200 OK", PLAIN)
+            return [b"x"]
+
+        answer, host = run(application, **variables)
+        self.assertTrue(answer.endswith(b"\r\n\r\nx"), host.logged)
+        return host.events, errors
+
+    def test_are_sent_at_once(self):
+        events, errors = self.hint(self.HINTS)
+        lines = b"Link: </a.css>; rel=preload; as=style\r\nlink: </b.js>; rel=preload\r\n"
+        self.assertEqual((events, errors), ([("early_hints", lines)], []))
+
+    def test_are_checked(self):
+        for bad, kind in (
+            ([("Connection", "close")], ValueError),
+            ([("X", "a\r\nb")], ValueError),
+            ([("Content-Length", "1")], ValueError),
+            ([("X", 1)], TypeError),
+            ((("X", "1"),), TypeError),
+        ):
+            events, errors = self.hint(bad)
+            self.assertEqual((events, [type(error) for error in errors]), ([], [kind]))
+
+    def test_only_where_they_can_be_sent(self):
+        for protocol in ("HTTP/1.0", "HTTP/2.0"):
+            events, errors = self.hint(self.HINTS, SERVER_PROTOCOL=protocol)
+            self.assertEqual([type(error) for error in errors], [KeyError])
+
+    def test_not_after_the_response_began(self):
+        def application(environ, start_response):
+            start_response("200 OK", PLAIN)(b"x")
+            with self.assertRaisesRegex(RuntimeError, "before the response"):
+                environ["wsgi.early_hints"](self.HINTS)
+            return []
+
+        _, host = run(application)
+        self.assertEqual(host.logged, "")
 
 
 class Length(unittest.TestCase):
@@ -403,6 +573,18 @@ class StartResponse(unittest.TestCase):
     def test_memory_for_names_is_bounded(self):
         run(starting([], headers=[(f"X-{index}", "v") for index in range(1000)]))
         self.assertLessEqual(len(wsgi._names), 256)
+
+    def test_memory_for_statuses_and_environs_is_bounded(self):
+        for index in range(1000):
+            answer, _ = run(starting([], status=f"200 {index}"), **{f"HTTP_X_{index}": "x"})
+            self.assertTrue(answer)
+        self.assertLessEqual(len(wsgi._statuses), 256)
+        self.assertLessEqual(len(wsgi._keys), 32)
+        before = len(wsgi._keys)
+        wsgi._keys.clear()
+        self.addCleanup(wsgi._keys.clear)
+        run(starting([]), **{"HTTP_" + "X" * 5000: "x"})
+        self.assertEqual(len(wsgi._keys), 0, before)
 
     def test_second_call_without_exc_info(self):
         def application(environ, start_response):

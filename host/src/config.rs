@@ -17,6 +17,7 @@ use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::environ::script_name;
 use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::{FileGrants, memory};
@@ -538,8 +539,8 @@ fn resolve_tenant(
             Err(problem) => note(problem),
         }
     }
-    let path = section.path.trim_end_matches('/').to_owned();
-    if !(path.is_empty() || path.starts_with('/')) || path.contains(['?', '#', '%', '\0']) {
+    let path = script_name(&section.path).map(str::to_owned);
+    if path.is_none() {
         note(format!("the path `{}` has to start with `/` and be plain text", section.path));
     }
     let mut environment = defaults.env.clone();
@@ -602,7 +603,7 @@ fn resolve_tenant(
         name,
         app,
         hosts,
-        path,
+        path: path.unwrap_or_default(),
         isolation: section.isolation.or(defaults.isolation).unwrap_or_default(),
         instances,
         limits: resolve_limits(&section.limits, &defaults.limits),

@@ -7,12 +7,15 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use http::Request;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
+use crate::early_hints;
 use crate::environ::Connection;
 use crate::handler;
 use crate::listener::Stream;
@@ -43,13 +46,19 @@ pub async fn converse(
     mut stopping: watch::Receiver<bool>,
 ) {
     let connection = Arc::new(connection);
-    let service =
-        service_fn(|request| handler::handle(Arc::clone(&server.tenants), Arc::clone(&connection), request));
-    let stream = TokioIo::new(TimedWrites::new(stream, server.client_idle));
+    let (stream, hints) = early_hints::layer(TimedWrites::new(stream, server.client_idle));
+    let service = service_fn(|mut request: Request<Incoming>| {
+        request.extensions_mut().insert(hints.clone());
+        handler::handle(Arc::clone(&server.tenants), Arc::clone(&connection), request)
+    });
+    let stream = TokioIo::new(stream);
     let conversation = http1::Builder::new()
         // Without a timer hyper ignores the timeout.
         .timer(TokioTimer::new())
         .header_read_timeout(server.header_timeout)
+        // As apps write them and older clients expect them; hyper keeps no
+        // spelling of ours.
+        .title_case_headers(true)
         // Not `pipeline_flush`: with it hyper buffers bodies without a bound.
         .max_buf_size(CONNECTION_BUFFER)
         .serve_connection(stream, service);

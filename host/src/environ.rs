@@ -1,5 +1,5 @@
-//! From an HTTP request to the CGI variables of PEP 3333, as one block in the
-//! header encoding of SCGI: name, NUL, value, NUL.
+//! From an HTTP request to the CGI variables of PEP 3333, as one block: the
+//! names, an empty field, the values, with a NUL between two fields.
 
 use std::net::SocketAddr;
 
@@ -19,36 +19,36 @@ pub struct Connection {
     pub peer: Option<SocketAddr>,
 }
 
-/// The path of a request with its `%XX` decoded to bytes. A `%` without two
-/// hexadecimal digits stays as it is, as every WSGI server has it.
+/// `prefix` as PEP 3333 wants a `SCRIPT_NAME`: empty for the root, else with
+/// a slash at its start and none at its end. None if it is no plain path.
+pub fn script_name(prefix: &str) -> Option<&str> {
+    let name = prefix.strip_suffix('/').unwrap_or(prefix);
+    let is_path = name.is_empty()
+        || name.strip_prefix('/').is_some_and(|rest| {
+            rest.split('/').all(|segment| !matches!(segment, "" | "." | ".."))
+                && !rest.contains(|char: char| char.is_control() || matches!(char, '?' | '#' | '%'))
+        });
+    is_path.then_some(name)
+}
+
+/// What follows `script_name` in `path`, a request's path as it was sent:
+/// empty, or with a slash at its start. None if `path` is not below it.
 ///
-/// # Errors
-///
-/// [`Failure::BadRequest`] if it holds an encoded NUL. The environ block could
-/// not carry it, and C code below an app would see a shorter path than the
-/// checks before it.
-pub fn decode_path(parts: &Parts) -> Result<Vec<u8>, Failure> {
-    // `OPTIONS *` has no path at all (RFC 9112 section 3.2.4).
-    let mut rest = Some(parts.uri.path()).filter(|path| *path != "*").unwrap_or_default().as_bytes();
-    let mut path = Vec::with_capacity(rest.len());
-    while let [first, tail @ ..] = rest {
-        rest = tail;
-        let decoded = match (first, tail) {
-            (b'%', [high, low, after @ ..]) => match (hex(*high), hex(*low)) {
-                (Some(high), Some(low)) => {
-                    rest = after;
-                    high << 4 | low
-                }
-                _ => b'%',
-            },
-            (byte, _) => *byte,
-        };
-        if decoded == 0 {
-            return Err(Failure::BadRequest("the path holds an encoded NUL"));
+/// Encoded and plain characters are equal (RFC 3986 section 6.2.2.2), so that
+/// no spelling of a path leads to another app. A slash stays what it is.
+pub fn path_info<'a>(path: &'a str, script_name: &str) -> Option<&'a str> {
+    let mut rest = path.as_bytes();
+    for expected in script_name.bytes() {
+        let encoded = rest.first() == Some(&b'%');
+        let (byte, after) = decode_first(rest)?;
+        if byte != expected || (encoded && byte == b'/') {
+            return None;
         }
-        path.push(decoded);
+        rest = after;
     }
-    Ok(path)
+    // A character that was sent as it is starts at a boundary of `path`.
+    let info = path.get(path.len() - rest.len()..)?;
+    (info.is_empty() || info.starts_with('/')).then_some(info)
 }
 
 /// The host that a request is for, as the client wrote it.
@@ -61,13 +61,22 @@ pub fn host(parts: &Parts) -> &str {
     }
 }
 
-/// The environ block for a request whose decoded path is `path`, to an app
-/// that is mounted at `mount`.
-pub fn environ(parts: &Parts, connection: &Connection, path: &[u8], mount: &str) -> Vec<u8> {
-    let mut block = Block(Vec::with_capacity(1024));
+/// The environ block for a request to an app that is mounted at
+/// `script_name`, which is empty or what [`script_name`] returned.
+///
+/// # Errors
+///
+/// [`Failure::BadRequest`] if the path holds an encoded NUL. The block could
+/// not carry it, and C code below an app would see a shorter path than the
+/// checks before it.
+pub fn environ(parts: &Parts, connection: &Connection, script_name: &str) -> Result<Vec<u8>, Failure> {
+    let mut block = Block { names: Vec::with_capacity(512), values: Vec::with_capacity(1024) };
     block.add("REQUEST_METHOD", parts.method.as_str().as_bytes());
-    block.add("SCRIPT_NAME", mount.as_bytes());
-    block.add("PATH_INFO", path.get(mount.len()..).unwrap_or_default());
+    block.add("SCRIPT_NAME", script_name.as_bytes());
+    let path = parts.uri.path();
+    // `OPTIONS *` has no path at all (RFC 9112 section 3.2.4).
+    let path = if path == "*" { "" } else { path };
+    block.add_percent_decoded("PATH_INFO", path_info(path, script_name).unwrap_or(path))?;
     block.add("QUERY_STRING", parts.uri.query().unwrap_or_default().as_bytes());
     let target = parts.uri.path_and_query().map_or("*", |target| target.as_str());
     block.add("REQUEST_URI", target.as_bytes());
@@ -82,6 +91,8 @@ pub fn environ(parts: &Parts, connection: &Connection, path: &[u8], mount: &str)
         block.add("REMOTE_ADDR", peer.ip().to_canonical().to_string().as_bytes());
         block.add("REMOTE_PORT", peer.port().to_string().as_bytes());
     }
+    // An absolute-form target carries the host, which then counts instead of
+    // the header (RFC 9112 section 3.2.2).
     let authority = parts.uri.authority().map(|authority| authority.as_str());
     if let Some(authority) = authority {
         block.add("HTTP_HOST", authority.as_bytes());
@@ -92,7 +103,7 @@ pub fn environ(parts: &Parts, connection: &Connection, path: &[u8], mount: &str)
         }
         block.add_header(name, &parts.headers);
     }
-    block.0
+    Ok(block.join())
 }
 
 /// `SERVER_PROTOCOL`, as the client sent it.
@@ -105,16 +116,45 @@ fn protocol(version: http::Version) -> &'static [u8] {
 }
 
 /// An environ block under construction.
-struct Block(Vec<u8>);
+struct Block {
+    /// The names, each with a NUL behind it.
+    names: Vec<u8>,
+    /// The values, each with a NUL before it.
+    values: Vec<u8>,
+}
 
 impl Block {
     /// Adds a variable whose value is known to hold no NUL.
     fn add(&mut self, name: &str, value: &[u8]) {
         debug_assert!(!value.contains(&0));
-        self.0.extend_from_slice(name.as_bytes());
-        self.0.push(0);
-        self.0.extend_from_slice(value);
-        self.0.push(0);
+        self.names.extend_from_slice(name.as_bytes());
+        self.names.push(0);
+        self.values.push(0);
+        self.values.extend_from_slice(value);
+    }
+
+    /// The whole block. A client's requests have the same names, mostly, which
+    /// the guest need not take apart again: so they come first.
+    fn join(mut self) -> Vec<u8> {
+        self.names.append(&mut self.values);
+        self.names
+    }
+
+    /// Adds a variable with its `%XX` decoded to bytes. A `%` without two
+    /// hexadecimal digits stays as it is, as every WSGI server has it.
+    fn add_percent_decoded(&mut self, name: &str, value: &str) -> Result<(), Failure> {
+        self.names.extend_from_slice(name.as_bytes());
+        self.names.push(0);
+        self.values.push(0);
+        let mut rest = value.as_bytes();
+        while let Some((decoded, after)) = decode_first(rest) {
+            rest = after;
+            if decoded == 0 {
+                return Err(Failure::BadRequest("the path holds an encoded NUL"));
+            }
+            self.values.push(decoded);
+        }
+        Ok(())
     }
 
     /// Adds all values of a header, joined as RFC 9110 section 5.3 allows.
@@ -128,13 +168,14 @@ impl Block {
         }
         let plain = matches!(*name, header::CONTENT_TYPE | header::CONTENT_LENGTH);
         if !plain {
-            self.0.extend_from_slice(b"HTTP_");
+            self.names.extend_from_slice(b"HTTP_");
         }
-        self.0.extend(text.bytes().map(|byte| match byte {
+        self.names.extend(text.bytes().map(|byte| match byte {
             b'-' => b'_',
             byte => byte.to_ascii_uppercase(),
         }));
-        self.0.push(0);
+        self.names.push(0);
+        self.values.push(0);
         let separator: &[u8] = if *name == header::COOKIE { b"; " } else { b"," };
         for (index, value) in headers.get_all(name).iter().enumerate() {
             // These have one value; a second one is the client's mistake, and
@@ -143,12 +184,21 @@ impl Block {
                 break;
             }
             if index > 0 {
-                self.0.extend_from_slice(separator);
+                self.values.extend_from_slice(separator);
             }
-            self.0.extend_from_slice(value.as_bytes());
+            self.values.extend_from_slice(value.as_bytes());
         }
-        self.0.push(0);
     }
+}
+
+/// The first byte of `text` with `%XX` decoded, and what follows it.
+fn decode_first(text: &[u8]) -> Option<(u8, &[u8])> {
+    if let [b'%', high, low, after @ ..] = text
+        && let (Some(high), Some(low)) = (hex(*high), hex(*low))
+    {
+        return Some((high << 4 | low, after));
+    }
+    text.split_first().map(|(byte, after)| (*byte, after))
 }
 
 /// The value of a hexadecimal digit.
@@ -161,19 +211,26 @@ mod tests {
     use super::*;
 
     fn of(request: http::request::Builder) -> Result<Vec<(String, Vec<u8>)>, Failure> {
+        mounted(request, "")
+    }
+
+    fn mounted(
+        request: http::request::Builder,
+        script_name: &str,
+    ) -> Result<Vec<(String, Vec<u8>)>, Failure> {
         let (parts, ()) = request.body(()).unwrap().into_parts();
         let connection = Connection {
             server_name: "127.0.0.1".into(),
             server_port: "8000".into(),
             peer: Some("[::ffff:10.0.0.1]:5000".parse().unwrap()),
         };
-        let path = decode_path(&parts)?;
-        let block = environ(&parts, &connection, &path, "");
-        let parts: Vec<_> = block.split(|byte| *byte == 0).collect();
-        assert!(parts.last().unwrap().is_empty());
-        Ok(parts[..parts.len() - 1]
-            .chunks(2)
-            .map(|pair| (String::from_utf8(pair[0].to_vec()).unwrap(), pair[1].to_vec()))
+        let block = environ(&parts, &connection, script_name)?;
+        let fields: Vec<_> = block.split(|byte| *byte == 0).collect();
+        let names = fields.iter().position(|field| field.is_empty()).unwrap();
+        let values = &fields[names + 1..];
+        assert_eq!(values.len(), names);
+        Ok(std::iter::zip(fields, values)
+            .map(|(name, value)| (String::from_utf8(name.to_vec()).unwrap(), value.to_vec()))
             .collect())
     }
 
@@ -192,6 +249,48 @@ mod tests {
         assert_eq!(get(&pairs, "REQUEST_URI").unwrap(), "/a%20b/%C3%A9%2Fc%zz%4?x=%20y&z");
         assert_eq!(get(&pairs, "SCRIPT_NAME").unwrap(), "");
         assert_eq!(get(&pairs, "REMOTE_ADDR").unwrap(), "10.0.0.1");
+    }
+
+    #[test]
+    fn a_script_name_has_no_slash_at_its_end() {
+        for (prefix, name) in
+            [("", ""), ("/", ""), ("/shop", "/shop"), ("/shop/", "/shop"), ("/a/b c/", "/a/b c")]
+        {
+            assert_eq!(script_name(prefix), Some(name));
+        }
+        for bad in ["shop", "//", "/a//b", "/a?b", "/a#b", "/a/../b", "/.", "/a%20b", "/a\0", "/a\n"] {
+            assert_eq!(script_name(bad), None, "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn path_info_is_empty_or_starts_with_a_slash() {
+        for (path, name, info) in [
+            ("/shop", "/shop", Some("")),
+            ("/shop/", "/shop", Some("/")),
+            ("/shop/a%2Fb", "/shop", Some("/a%2Fb")),
+            ("/%73h%6fp/x", "/shop", Some("/x")),
+            ("/shop//x", "/shop", Some("//x")),
+            ("/b%C3%BCcher/x", "/b\u{fc}cher", Some("/x")),
+            ("/x", "", Some("/x")),
+            ("/shopping", "/shop", None),
+            ("/shop%2Fx", "/shop", None),
+            ("%2Fshop/x", "/shop", None),
+            ("/sho", "/shop", None),
+            ("/SHOP", "/shop", None),
+        ] {
+            assert_eq!(path_info(path, name), info, "{path} below {name}");
+        }
+    }
+
+    #[test]
+    fn a_mounted_app_sees_its_mount() {
+        for (path, info) in [("/shop", ""), ("/shop/", "/"), ("/shop/a%20b?q", "/a b")] {
+            let pairs = mounted(http::Request::get(path), "/shop").unwrap();
+            assert_eq!(get(&pairs, "SCRIPT_NAME").unwrap(), "/shop");
+            assert_eq!(get(&pairs, "PATH_INFO").unwrap(), info);
+            assert_eq!(get(&pairs, "REQUEST_URI").unwrap(), path);
+        }
     }
 
     #[test]

@@ -11,7 +11,9 @@ use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
 
+use crate::early_hints::EarlyHints;
 use crate::failure::Failure;
+use crate::file_part::FilePart;
 
 /// A head larger than this is refused; common clients stop at 64 KiB or less.
 const MAX_HEAD: usize = 128 << 10;
@@ -41,6 +43,8 @@ impl Head {
 pub enum Event {
     /// Status and headers; comes first.
     Head(Head),
+    /// A whole response: a head, and the part of a file that is its body.
+    File(Head, FilePart),
     /// Bytes of the body, not empty.
     Chunk(Bytes),
     /// The body is complete.
@@ -191,6 +195,8 @@ pub struct Exchange {
     allowed: u64,
     /// How long the client may take no byte.
     idle: Duration,
+    /// The way to send interim responses, if the client can take them.
+    hints: Option<EarlyHints>,
 }
 
 /// Why the host takes no more of a response.
@@ -211,7 +217,70 @@ impl Exchange {
         response_limit: u64,
         idle: Duration,
     ) -> Exchange {
-        Exchange { body, events, phase: Phase::Waiting, announced: None, allowed: response_limit, idle }
+        Exchange {
+            body,
+            events,
+            phase: Phase::Waiting,
+            announced: None,
+            allowed: response_limit,
+            idle,
+            hints: None,
+        }
+    }
+
+    /// Lets the guest send early hints by `hints`.
+    pub fn with_hints(self, hints: Option<EarlyHints>) -> Exchange {
+        Exchange { hints, ..self }
+    }
+
+    /// The guest sends early hints, as header lines.
+    ///
+    /// # Errors
+    ///
+    /// If a line breaks a rule or the head of the response is out, or the
+    /// client is gone or too slow.
+    pub async fn early_hints(&mut self, fields: &[u8]) -> Result<(), SendError> {
+        if self.phase != Phase::Waiting {
+            return Err(self.refuse("early hints came after the head of the response"));
+        }
+        let mut lines = Lines { rest: fields, left: MAX_HEAD };
+        let mut checked = Vec::with_capacity(fields.len());
+        while !lines.rest.is_empty() {
+            match lines.next().and_then(|line| Ok((line, parse_field(line)?.0))) {
+                Ok((_, name)) if name == header::CONTENT_LENGTH => {
+                    return Err(self.refuse("early hints have no Content-Length"));
+                }
+                Ok((line, _)) => checked.extend_from_slice(line),
+                Err(rule) => return Err(self.refuse(rule)),
+            }
+            checked.extend_from_slice(b"\r\n");
+        }
+        let Some(hints) = &self.hints else { return Ok(()) };
+        match tokio::time::timeout(self.idle, hints.send(&checked)).await {
+            Ok(Ok(())) => Ok(()),
+            _ => Err(SendError::ClientGone),
+        }
+    }
+
+    /// The guest sends `part` of a file as its whole response.
+    ///
+    /// # Errors
+    ///
+    /// If the head breaks a rule or one was sent before, or the client is gone.
+    pub async fn send_file(&mut self, head: &[u8], part: FilePart) -> Result<(), SendError> {
+        if self.phase != Phase::Waiting {
+            return Err(self.refuse("the head of a response was sent twice"));
+        }
+        match parse_head(head) {
+            Ok(_) if part.left() > self.allowed => Err(self.refuse("its body is larger than the limit")),
+            Ok((head, [])) if head.content_length().is_none_or(|length| length == part.left()) => {
+                self.phase = Phase::Finished;
+                self.send(Event::File(head, part)).await
+            }
+            Ok((_, [])) => Err(self.refuse("the body is not as long as Content-Length says")),
+            Ok(_) => Err(self.refuse("bytes follow the head of a response")),
+            Err(rule) => Err(self.refuse(rule)),
+        }
     }
 
     /// The guest sends its head, as a CGI response head.
@@ -320,18 +389,9 @@ impl Exchange {
 ///
 /// The rule that the head breaks.
 pub fn parse_head(response: &[u8]) -> Result<(Head, &[u8]), &'static str> {
-    let mut rest = response;
-    let mut line = || -> Result<&[u8], &'static str> {
-        let end = rest
-            .windows(2)
-            .position(|pair| pair == b"\r\n")
-            .filter(|end| response.len() - rest.len() + end <= MAX_HEAD)
-            .ok_or("the head is too long or has no end")?;
-        let line = &rest[..end];
-        rest = &rest[end + 2..];
-        Ok(line)
-    };
-    let status = line()?.strip_prefix(b"Status: ").ok_or("the first line is not `Status: NNN reason`")?;
+    let mut lines = Lines { rest: response, left: MAX_HEAD };
+    let status =
+        lines.next()?.strip_prefix(b"Status: ").ok_or("the first line is not `Status: NNN reason`")?;
     let (code, reason) = match status {
         [a, b, c, b' ', reason @ ..] => ([*a, *b, *c], reason),
         [a, b, c] => ([*a, *b, *c], &[][..]),
@@ -352,30 +412,62 @@ pub fn parse_head(response: &[u8]) -> Result<(Head, &[u8]), &'static str> {
     };
     let mut headers = HeaderMap::with_capacity(8);
     loop {
-        let field = line()?;
+        let field = lines.next()?;
         if field.is_empty() {
             break;
         }
-        let colon = field.iter().position(|byte| *byte == b':').ok_or("a header line has no colon")?;
-        let name = HeaderName::from_bytes(&field[..colon]).map_err(|_| "a header name is not a token")?;
-        if is_hop_by_hop(&name) {
-            return Err("a hop-by-hop header is the server's to send (PEP 3333)");
-        }
-        let value = HeaderValue::from_bytes(field[colon + 1..].trim_ascii())
-            .map_err(|_| "a header value holds control characters")?;
-        if name == header::CONTENT_LENGTH && (headers.contains_key(&name) || !is_number(value.as_bytes())) {
-            return Err("Content-Length is not one number");
+        let (name, value) = parse_field(field)?;
+        if name == header::CONTENT_LENGTH {
+            if headers.contains_key(&name) || !is_number(value.as_bytes()) {
+                return Err("Content-Length is not one number");
+            }
+            if status == StatusCode::NO_CONTENT {
+                // RFC 9110 section 8.6. Not removed later, which would change
+                // the order of the others.
+                continue;
+            }
         }
         if headers.len() == MAX_FIELDS {
             return Err("the response has too many headers");
         }
         headers.append(name, value);
     }
-    if status == StatusCode::NO_CONTENT {
-        // RFC 9110 section 8.6.
-        headers.remove(header::CONTENT_LENGTH);
+    Ok((Head { status, reason, headers }, lines.rest))
+}
+
+/// The lines of a head.
+struct Lines<'a> {
+    rest: &'a [u8],
+    /// Bytes that the head may still have.
+    left: usize,
+}
+
+impl<'a> Lines<'a> {
+    /// The next line, without its end.
+    fn next(&mut self) -> Result<&'a [u8], &'static str> {
+        let end = self
+            .rest
+            .windows(2)
+            .position(|pair| pair == b"\r\n")
+            .filter(|end| *end <= self.left)
+            .ok_or("the head is too long or has no end")?;
+        let (line, rest) = (&self.rest[..end], &self.rest[end + 2..]);
+        self.rest = rest;
+        self.left = self.left.saturating_sub(end + 2);
+        Ok(line)
     }
-    Ok((Head { status, reason, headers }, rest))
+}
+
+/// Takes a header line apart, and checks that an app may send it.
+fn parse_field(field: &[u8]) -> Result<(HeaderName, HeaderValue), &'static str> {
+    let colon = field.iter().position(|byte| *byte == b':').ok_or("a header line has no colon")?;
+    let name = HeaderName::from_bytes(&field[..colon]).map_err(|_| "a header name is not a token")?;
+    if is_hop_by_hop(&name) {
+        return Err("a hop-by-hop header is the server's to send (PEP 3333)");
+    }
+    let value = HeaderValue::from_bytes(field[colon + 1..].trim_ascii())
+        .map_err(|_| "a header value holds control characters")?;
+    Ok((name, value))
 }
 
 /// The body that may follow `head`, out of what the guest sent as one.

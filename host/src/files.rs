@@ -16,15 +16,16 @@ pub mod image;
 pub mod memory;
 mod path;
 
+use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
 
 use crate::artifact::Layer;
-use granted::{Grant, Holder, Quota};
+use granted::{Grant, Holder, Opened, Quota};
 use image::Image;
-use memory::{Limits, Memory};
+use memory::{Limits, Memory, Options};
 
 /// Where a guest may keep files for the time of its life.
 const TEMPORARY: &str = "/tmp";
@@ -82,5 +83,32 @@ impl Files {
             temporary: Memory::new(self.temporary),
             data: self.data.as_ref().map(Grant::holder),
         }
+    }
+}
+
+impl FileSpace {
+    /// Opens the file that the guest sees at the absolute `guest_path`, for
+    /// the host to send: a file of ours, and where in it the guest's starts
+    /// and how long that is. None if there is none, or it is in memory.
+    pub async fn open_for_sending(&self, guest_path: &str) -> Option<(File, u64, u64)> {
+        let below = |mount: &str| guest_path.strip_prefix(mount)?.strip_prefix('/');
+        for (mount, image) in &self.files.images {
+            let Some(path) = below(mount) else { continue };
+            let node = image.look_up(Image::ROOT, path).ok()?;
+            let (file, start, _) = image.place(node, 0, 0).ok()?;
+            return Some((file.try_clone().ok()?, start, image.stat(node).size));
+        }
+        let (path, holder) = (below(DATA)?.to_owned(), Arc::clone(self.data.as_ref()?));
+        let open = move || {
+            let options = Options::default();
+            let Opened::File(file) = holder.root().ok()?.open(&path, true, options).ok()? else {
+                return None;
+            };
+            let file = file.file().try_clone().ok()?;
+            let size = file.metadata().ok()?.len();
+            Some((file, 0, size))
+        };
+        // What is granted may be on a slow disk.
+        tokio::task::spawn_blocking(open).await.ok().flatten()
     }
 }

@@ -14,14 +14,16 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Method, Request, Response};
+use http::{Method, Request, Response, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
 
+use crate::early_hints::EarlyHints;
 use crate::environ::{self, Connection};
 use crate::exchange::{Event, Exchange, Head, RequestBody};
 use crate::failure::Failure;
+use crate::file_part::FilePart;
 use crate::instance::Reply;
 use crate::pool::{Lease, Pool};
 use crate::request_id::RequestId;
@@ -65,12 +67,12 @@ pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
     let request = Request::get(path).header(header::HOST, "localhost").body(());
     let (parts, ()) = request.map_err(|_| Failure::BadRequest("the path is not valid"))?.into_parts();
     let connection = Connection { server_name: "localhost".into(), server_port: "80".into(), peer: None };
-    let path = environ::decode_path(&parts)?;
-    let environ = environ::environ(&parts, &connection, &path, "");
+    let environ = environ::environ(&parts, &connection, "")?;
     let observer = Observer { tenant: None, id, method: Method::GET };
-    let mut running = run(app, observer, environ, Bytes::new(), RequestBody::empty()).await?;
+    let input = Input { environ, inline: Bytes::new(), body: RequestBody::empty(), hints: None };
+    let mut running = run(app, observer, input).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
-        First::Complete(head, _) | First::Streaming(head) => Ok(head.status.as_u16()),
+        First::Complete(head, _) | First::Streaming(head) | First::File(head, _) => Ok(head.status.as_u16()),
     }
 }
 
@@ -102,12 +104,11 @@ async fn respond(
     parts: &http::request::Parts,
     incoming: Incoming,
 ) -> Result<Response<ResponseBody>, Failure> {
-    let path = environ::decode_path(parts)?;
-    let tenant = tenants.route(environ::host(parts), &path)?;
+    let tenant = tenants.route(environ::host(parts), parts.uri.path())?;
     observer.tenant = Some(Arc::clone(&tenant));
     tenant.admit()?;
     let app = &tenant.app;
-    let environ = environ::environ(parts, connection, &path, &tenant.config.path);
+    let environ = environ::environ(parts, connection, &tenant.config.path)?;
     let mut body = RequestBody::new(incoming, app.limits.body, app.limits.client_idle)?;
     let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
     // Reading answers `Expect: 100-continue`, which is the app's to decide.
@@ -116,14 +117,34 @@ async fn respond(
     } else {
         Bytes::new()
     };
-    let mut running = run(app, observer.clone(), environ, inline, body).await?;
+    // A client that speaks HTTP/1.0 knows no interim responses (RFC 9110
+    // section 15.2), and hyper can not send them on HTTP/2.
+    let hints = parts.extensions.get::<EarlyHints>().filter(|_| parts.version == Version::HTTP_11);
+    let input = Input { environ, inline, body, hints: hints.cloned() };
+    let mut running = run(app, observer.clone(), input).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, body) => {
             observer.ended(Ok(()));
             Ok(head.into_response(ResponseBody::Complete(Some(body))))
         }
         First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
+        First::File(head, part) => {
+            observer.ended(Ok(()));
+            // The guest has no part in it any more; its instance comes free.
+            running.detach();
+            Ok(head.into_response(ResponseBody::File(part, running)))
+        }
     }
+}
+
+/// What a guest gets of a request.
+struct Input {
+    environ: Vec<u8>,
+    /// The body, or as much as is there.
+    inline: Bytes,
+    /// The rest of the body.
+    body: RequestBody,
+    hints: Option<EarlyHints>,
 }
 
 /// Takes an instance and sets it to work.
@@ -131,16 +152,11 @@ async fn respond(
 /// # Errors
 ///
 /// If there is none to be had.
-async fn run(
-    app: &App,
-    observer: Observer,
-    environ: Vec<u8>,
-    inline: Bytes,
-    body: RequestBody,
-) -> Result<Running, Failure> {
+async fn run(app: &App, observer: Observer, input: Input) -> Result<Running, Failure> {
+    let Input { environ, inline, body, hints } = input;
     let lease = app.pool.lease().await?;
     let (sender, events) = mpsc::channel(1);
-    let exchange = Exchange::new(body, sender, app.limits.response, app.limits.client_idle);
+    let exchange = Exchange::new(body, sender, app.limits.response, app.limits.client_idle).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
     let call = call(lease, observer.id, observer.method.clone(), environ, inline, exchange, limits);
     Ok(Running { call: Some(Box::pin(call)), events, observer, failed: None })
@@ -209,6 +225,7 @@ pub struct Running {
 enum First {
     Complete(Head, Bytes),
     Streaming(Head),
+    File(Head, FilePart),
 }
 
 impl Running {
@@ -219,6 +236,7 @@ impl Running {
             // A head that was sent is of no use if the guest has failed since.
             (_, Poll::Ready(Err(failure))) => Poll::Ready(Err(failure)),
             (Ok(Event::Head(head)), _) => Poll::Ready(Ok(First::Streaming(head))),
+            (Ok(Event::File(head, part)), _) => Poll::Ready(Ok(First::File(head, part))),
             (_, Poll::Ready(Ok(Reply::Complete(head, body)))) => Poll::Ready(Ok(First::Complete(head, body))),
             (_, Poll::Ready(Ok(Reply::Streamed))) => Poll::Ready(Err(Failure::App)),
             (_, Poll::Pending) => Poll::Pending,
@@ -234,7 +252,7 @@ impl Running {
                     self.observer.ended(Ok(()));
                     return Poll::Ready(None);
                 }
-                Ok(Event::Head(_)) => continue,
+                Ok(Event::Head(_) | Event::File(..)) => continue,
                 Err(_) => {}
             }
             match &mut self.failed {
@@ -276,8 +294,9 @@ impl Running {
     }
 }
 
-impl Drop for Running {
-    fn drop(&mut self) {
+impl Running {
+    /// Lets the guest go on in a task of its own, if it is still at work.
+    fn detach(&mut self) {
         let Some(call) = self.call.take() else { return };
         // Closed, so that the guest's next write says that the client is gone.
         self.events.close();
@@ -295,12 +314,20 @@ impl Drop for Running {
     }
 }
 
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.detach();
+    }
+}
+
 /// The body of a response.
 pub enum ResponseBody {
     /// All of it, until it is taken.
     Complete(Option<Bytes>),
     /// What the guest still works on.
     Streaming(Running),
+    /// A part of a file, and what tells whose it is.
+    File(FilePart, Running),
 }
 
 impl Body for ResponseBody {
@@ -317,6 +344,14 @@ impl Body for ResponseBody {
                 Poll::Ready(body.map(|body| Ok(Frame::data(body))))
             }
             ResponseBody::Streaming(running) => running.poll_next(context),
+            ResponseBody::File(part, running) => part.poll_next(context).map(|block| {
+                Some(block?.map(Frame::data).map_err(|error| {
+                    let failure = Failure::BadResponse("a file could not be read to its end");
+                    tracing::debug!("a file could not be read to its end: {error}");
+                    running.observer.ended(Err(failure));
+                    failure
+                }))
+            }),
         }
     }
 
@@ -324,6 +359,7 @@ impl Body for ResponseBody {
         match self {
             ResponseBody::Complete(body) => body.as_ref().is_none_or(Bytes::is_empty),
             ResponseBody::Streaming(_) => false,
+            ResponseBody::File(part, _) => part.left() == 0,
         }
     }
 
@@ -331,6 +367,7 @@ impl Body for ResponseBody {
         match self {
             ResponseBody::Complete(body) => SizeHint::with_exact(body.as_ref().map_or(0, Bytes::len) as u64),
             ResponseBody::Streaming(_) => SizeHint::default(),
+            ResponseBody::File(part, _) => SizeHint::with_exact(part.left()),
         }
     }
 }

@@ -14,6 +14,7 @@ use crate::code::Code;
 use crate::engine::{HOSTCALL_FUEL, MAX_RESOURCES};
 use crate::exchange::{self, Exchange, Head, SendError};
 use crate::failure::Failure;
+use crate::file_part::FilePart;
 use crate::files::host::FileView;
 use crate::files::{self, FileSpace, Files};
 use crate::guest_log::GuestLog;
@@ -391,6 +392,34 @@ impl response::Host for HostState {
         };
         let _pause = self.clock.pause();
         sent(exchange.finish().await)
+    }
+
+    async fn send_file(
+        &mut self,
+        head: Vec<u8>,
+        path: String,
+        offset: u64,
+        length: u64,
+    ) -> Result<bool, response::WriteError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(response::WriteError::Refused);
+        };
+        let part = self.space.open_for_sending(&path).await;
+        let Some(part) =
+            part.and_then(|(file, start, size)| FilePart::new(file, start, size, offset, length))
+        else {
+            return Ok(false);
+        };
+        let _pause = self.clock.pause();
+        sent(exchange.send_file(&head, part).await).map(|()| true)
+    }
+
+    async fn early_hints(&mut self, fields: Vec<u8>) -> Result<(), response::WriteError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(response::WriteError::Refused);
+        };
+        let _pause = self.clock.pause();
+        sent(exchange.early_hints(&fields).await)
     }
 }
 

@@ -21,6 +21,7 @@ use crate::app;
 use crate::cache::Cache;
 use crate::code::{Loader, Sharing};
 use crate::config::{HostPattern, TenantConfig};
+use crate::environ::path_info;
 use crate::failure::Failure;
 use crate::handler::{self, App, RequestLimits};
 use crate::pool::{Pool, PoolSettings};
@@ -315,7 +316,7 @@ impl Table {
         table
     }
 
-    fn route(&self, host: &str, path: &[u8]) -> Result<&Arc<Tenant>, Failure> {
+    fn route(&self, host: &str, path: &str) -> Result<&Arc<Tenant>, Failure> {
         let host = host_name(host);
         let below =
             || self.below.iter().find(|(end, _)| host.ends_with(end.as_str())).map(|(_, mounts)| mounts);
@@ -323,10 +324,10 @@ impl Table {
         if mounts.is_empty() {
             return Err(Failure::UnknownHost);
         }
-        let is_below = |mount: &str| {
-            path.strip_prefix(mount.as_bytes()).is_some_and(|rest| rest.is_empty() || rest[0] == b'/')
-        };
-        mounts.iter().find(|tenant| is_below(&tenant.config.path)).ok_or(Failure::NoTenant)
+        mounts
+            .iter()
+            .find(|tenant| tenant.config.path.is_empty() || path_info(path, &tenant.config.path).is_some())
+            .ok_or(Failure::NoTenant)
     }
 }
 
@@ -415,12 +416,12 @@ impl Tenants {
         Ok(tenants)
     }
 
-    /// The tenant that answers for `host` and the decoded `path`.
+    /// The tenant that answers for `host` and `path`, both as the client sent them.
     ///
     /// # Errors
     ///
     /// If there is none.
-    pub fn route(&self, host: &str, path: &[u8]) -> Result<Arc<Tenant>, Failure> {
+    pub fn route(&self, host: &str, path: &str) -> Result<Arc<Tenant>, Failure> {
         self.table.load().route(host, path).cloned()
     }
 

@@ -32,3 +32,5 @@ mod snapshot;
 mod streaming;
 /// Many apps in one server, changed while it runs.
 mod tenants;
+/// PEP 3333 to the letter, and the extensions.
+mod wsgi;

@@ -205,6 +205,12 @@ class _WarmupHost:
     def finish(self) -> None:
         self._finished = True
 
+    def send_file(self, head: bytes, path: str, offset: int, length: int) -> bool:
+        return False
+
+    def early_hints(self, fields: bytes) -> None:
+        pass
+
     def log(self, text: str) -> None:
         sys.stderr.write(text)
 
@@ -280,7 +286,7 @@ def _environ_block(target: str) -> bytes:
         b"HTTP_CONNECTION": b"keep-alive",
         b"HTTP_UPGRADE_INSECURE_REQUESTS": b"1",
     }
-    return b"".join(name + b"\0" + value + b"\0" for name, value in environ.items())
+    return b"\0".join([*environ, b"", *environ.values()])
 
 
 def _search_path(path: list[str]) -> list[str]:

@@ -56,6 +56,21 @@ class _Host:
             raise _write_error(error) from None
 
     @staticmethod
+    def send_file(head: bytes, path: str, offset: int, length: int) -> bool:
+        try:
+            sent: bool = response.send_file(head, path, offset, length)
+            return sent
+        except Err as error:
+            raise _write_error(error) from None
+
+    @staticmethod
+    def early_hints(fields: bytes) -> None:
+        try:
+            response.early_hints(fields)
+        except Err as error:
+            raise _write_error(error) from None
+
+    @staticmethod
     def log(text: str) -> None:
         sys.stderr.write(text)
 

@@ -11,6 +11,8 @@ environment (PYTHONUNBUFFERED) makes write through.
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -24,6 +26,8 @@ Pull = Callable[[int], bytes]
 _BUFFER = 16 * 1024
 # The largest piece to pull at once when the whole rest is asked for.
 _PIECE = 256 * 1024
+# The least to read of a file at once.
+_FILE_BLOCK = 64 * 1024
 
 
 class BodyAborted(ConnectionResetError):
@@ -116,13 +120,17 @@ class FileWrapper:
     """Iterates over a file-like object in blocks (PEP 3333, "Optional Platform-Specific
     File Handling").
 
-    It has a `close` only if the file-like object has one: the server calls it
-    at the end of the request.
+    If it is a file that the host can find, `wsgi.Response` has the host send
+    it. It has a `close` only if the file-like object has one: the server calls
+    it at the end of the request.
     """
 
     def __init__(self, filelike: Readable, block_size: int = 8192) -> None:
         self.filelike = filelike
-        self.block_size = block_size
+        # The size is "a suggestion", and a call costs more than a long block.
+        self.block_size = max(block_size, _FILE_BLOCK)
+        # The number of bytes after which the iteration ends.
+        self.room: int | None = None
         if hasattr(filelike, "close"):
             self.close = filelike.close
 
@@ -130,6 +138,77 @@ class FileWrapper:
         return self
 
     def __next__(self) -> bytes:
-        if block := self.filelike.read(self.block_size):
+        size = self.block_size
+        if self.room is not None:
+            size = min(size, self.room)
+        if size > 0 and (block := self.filelike.read(size)):
+            if self.room is not None:
+                self.room -= len(block)
             return block
         raise StopIteration
+
+    # What Werkzeug asks of a file wrapper to answer a range without reading
+    # all that is before it.
+
+    def seekable(self) -> bool:
+        """Tells whether `seek` and `tell` work."""
+        filelike: Any = self.filelike
+        if hasattr(filelike, "seekable"):
+            return bool(filelike.seekable())
+        return hasattr(filelike, "seek")
+
+    def seek(self, *args: int) -> None:
+        """Moves the position of the file-like object."""
+        filelike: Any = self.filelike
+        filelike.seek(*args)
+
+    def tell(self) -> int:
+        """Returns the position of the file-like object."""
+        filelike: Any = self.filelike
+        return int(filelike.tell())
+
+    def size(self) -> int | None:
+        """Returns the number of bytes from the position to the end, if this is a real file."""
+        raw = self._raw()
+        if raw is None:
+            return None
+        try:
+            found = os.fstat(raw.fileno())
+            return max(found.st_size - self.tell(), 0) if stat.S_ISREG(found.st_mode) else None
+        except (OSError, ValueError):
+            return None
+
+    def locate(self) -> tuple[str, int] | None:
+        """Returns the absolute path of the file, and the position in it, for the host.
+
+        None if it is no real file, or another one has its name by now.
+        """
+        raw = self._raw()
+        if raw is None or not isinstance(raw.name, str):
+            return None
+        try:
+            path = os.path.join(os.getcwd(), raw.name)
+            if os.path.samestat(os.fstat(raw.fileno()), os.stat(path)):
+                return path, self.tell()
+        except (OSError, ValueError):
+            pass
+        return None
+
+    def _raw(self) -> io.FileIO | None:
+        """Returns the file whose bytes `read` of the file-like object returns as they are.
+
+        Having a `fileno` is not enough: what a `GzipFile` reads is not what is
+        in its file. So this asks whose method `read` is, which sees through
+        the proxies of `tempfile` and Django.
+        """
+        read: Any = self.filelike.read
+        owner = getattr(getattr(read, "__wrapped__", read), "__self__", None)
+        if type(owner) is io.BufferedRandom:
+            try:
+                owner.flush()
+            except (OSError, ValueError):
+                return None
+            owner = owner.raw
+        elif type(owner) is io.BufferedReader:
+            owner = owner.raw
+        return owner if type(owner) is io.FileIO else None

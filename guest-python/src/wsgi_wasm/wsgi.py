@@ -52,6 +52,18 @@ class Host(Protocol):
         """Says that the body is complete. Raises `ClientGone` or `Refused`."""
         ...
 
+    def send_file(self, head: bytes, path: str, offset: int, length: int, /) -> bool:
+        """Sends a whole response with a part of a file as its body.
+
+        Returns False, and has sent nothing, if it can not. Raises `ClientGone`
+        or `Refused`.
+        """
+        ...
+
+    def early_hints(self, fields: bytes, /) -> None:
+        """Sends `103 Early Hints` with these lines. Raises `ClientGone` or `Refused`."""
+        ...
+
     def log(self, text: str, /) -> None:
         """Writes lines to the application's log."""
         ...
@@ -71,6 +83,8 @@ _ENVIRON: dict[str, Any] = {
 # Bytes handed to the host at once. A list that crosses the border is copied
 # as a whole, so one large body would need several times its size in memory.
 _PIECE = 1024 * 1024
+# A file up to this size is read here, and its response returned as a whole.
+_SMALL_FILE = 64 * 1024
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _STATUS = re.compile(r"[1-9][0-9]{2} [\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff][\t\x20]*")
@@ -87,10 +101,16 @@ _RESERVED = frozenset({
 
 _FAILED = "the application failed"
 
-# Names that were checked, with their lower case form, since an application
-# uses a few names over and over. Bounded, for a name may come from a client.
+# What was checked or taken apart before, since applications and clients use
+# few of them over and over. Bounded, for a client may send any: the statuses,
+# the names of headers with their lower case form, and the names of an environ
+# as in its block.
+_statuses: set[str] = set()
 _names: dict[str, str] = {}
-_NAMES_LIMIT = 256
+_keys: dict[bytes, tuple[str, ...]] = {}
+_REMEMBERED = 256
+_REMEMBERED_KEYS = 32
+_REMEMBERED_KEYS_LENGTH = 2048
 
 
 def run(application: Application, environ_block: bytes, body: bytes, host: Host) -> bytes:
@@ -100,12 +120,14 @@ def run(application: Application, environ_block: bytes, body: bytes, host: Host)
     what it returns: a whole CGI response, or nothing if the response went
     through `host` or the application failed.
     """
-    # SCGI's header encoding ends with a NUL, so the last field has no partner.
-    fields = iter(environ_block.decode("latin-1").split("\0"))
-    environ: dict[str, Any] = dict(zip(fields, fields))
+    names, _, values = environ_block.partition(b"\0\0")
+    keys = _keys.get(names) or _split_names(names)
+    environ: dict[str, Any] = dict(zip(keys, values.decode("latin-1").split("\0")))
     environ.update(_ENVIRON)
     environ["wsgi.errors"] = sys.stderr
     response = Response(environ, host)
+    if environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
+        environ["wsgi.early_hints"] = response.early_hints
     chunks: Any = None
     answer = b""
     try:
@@ -184,45 +206,34 @@ class Response:
                 exc_info = None  # Breaks the circle through this frame.
         elif self.head is not None:
             raise RuntimeError("start_response was called a second time without exc_info")
-        if type(status) is not str:
-            raise TypeError(f"the status must be a str, not {_kind(status)}: {status!r}")
-        if not _STATUS.fullmatch(status):
-            raise ValueError(f"the status must be like '200 OK', not {status!r}")
-        if type(headers) is not list:
-            raise TypeError(f"the headers must be a list, not {_kind(headers)}")
+        if type(status) is not str or status not in _statuses:
+            _check_status(status)
         code = status[:3]
         without_length = code == "204" or code[0] == "1"
-        length = None
-        head = f"Status: {status}\r\n"
-        for header in headers:
-            if type(header) is not tuple or len(header) != 2:
-                raise TypeError(f"a header must be a tuple (name, value), not {header!r}")
-            name, value = header
-            if type(name) is not str or type(value) is not str:
-                raise TypeError(f"the name and the value of a header must be str: {header!r}")
-            lower = _names.get(name) or _check_name(name)
-            # The first two are quick and true for nearly all values.
-            if not (value.isascii() and value.isprintable()) and (
-                bad := _BAD_IN_VALUE.search(value)
-            ):
-                raise ValueError(f"the value of header {name} contains {bad[0]!r}: {value!r}")
-            if lower == "content-length":
-                if length is not None:
-                    raise ValueError("the headers contain Content-Length twice")
-                if not _DIGITS.fullmatch(value):
-                    raise ValueError(f"Content-Length must be a number, not {value!r}")
-                length = int(value)
-                if without_length:
-                    # RFC 9110 section 8.6 forbids it there.
-                    continue
-            head += f"{name}: {value}\r\n"
-        self.head = head
+        lines, length = _header_lines(headers, without_length)
+        self.head = f"Status: {status}\r\n{lines}"
         self.length = length
         # RFC 9110 section 6.4.1.
         self.bodiless = (
             without_length or code == "304" or self.environ.get("REQUEST_METHOD") == "HEAD"
         )
         return self.write
+
+    def early_hints(self, headers: list[tuple[str, str]]) -> None:
+        """Sends `103 Early Hints` with `headers`; `wsgi.early_hints` in the environ.
+
+        Not a part of PEP 3333; other servers have it by the same name.
+        """
+        if self.started or self.held is not None:
+            raise RuntimeError("early hints must be sent before the response")
+        lines, length = _header_lines(headers, False)
+        if length is not None:
+            raise ValueError("early hints have no Content-Length")
+        try:
+            self.host.early_hints(lines.encode("latin-1"))
+        except ClientGone:
+            self.gone = True
+            raise
 
     def write(self, data: bytes) -> None:
         """Sends `data` before it returns (PEP 3333, "The write() Callable")."""
@@ -283,6 +294,8 @@ class Response:
         """
         if chunks is None or isinstance(chunks, (str, bytes)):
             raise TypeError(f"the application returned {_kind(chunks)}, not an iterable of bytes")
+        if type(chunks) is FileWrapper and self.head is not None and self.send_file(chunks):
+            return b""
         for chunk in chunks:
             if not isinstance(chunk, bytes):
                 raise TypeError(f"a chunk of the body must be bytes, not {_kind(chunk)}")
@@ -292,6 +305,43 @@ class Response:
             else:
                 self.send(chunk)
         return self.end()
+
+    def send_file(self, wrapper: FileWrapper) -> bool:
+        """Sends the file in `wrapper` if the host can do that, and tells whether it did.
+
+        Else `wrapper` is prepared to be iterated. A file ends at the
+        Content-Length, which is how applications send a part of one (PEP 3333,
+        "Optional Platform-Specific File Handling").
+        """
+        if self.bodiless:
+            # Nothing of it is sent, so nothing need be read.
+            wrapper.room = 0
+        size = None if self.started else wrapper.size()
+        length = self.length
+        if size is not None:
+            if length is None:
+                self.length = length = size
+                self.head = f"{self.head}Content-Length: {length}\r\n"
+            elif length > size and not self.bodiless:
+                raise self.too_short(size)
+        if self.bodiless:
+            return False
+        if length is not None:
+            wrapper.room = length - self.sent
+        if size is None or length is None or length <= _SMALL_FILE:
+            return False
+        located = wrapper.locate()
+        if located is None:
+            return False
+        try:
+            sent = self.host.send_file(
+                f"{self.head}\r\n".encode("latin-1"), located[0], located[1], length
+            )
+        except ClientGone:
+            self.gone = True
+            raise
+        self.started = sent
+        return sent
 
     def end(self) -> bytes:
         """Ends the response after the last chunk."""
@@ -369,6 +419,59 @@ class Response:
         self.host.log(f"{environ.get('REQUEST_METHOD')} {path}: {message}\n{details}")
 
 
+def _split_names(names: bytes) -> tuple[str, ...]:
+    """Returns the names of an environ block."""
+    keys = tuple(map(sys.intern, names.decode("latin-1").split("\0")))
+    if len(_keys) < _REMEMBERED_KEYS and len(names) <= _REMEMBERED_KEYS_LENGTH:
+        _keys[names] = keys
+    return keys
+
+
+def _check_status(status: str) -> None:
+    """Raises unless an application may send `status`."""
+    if type(status) is not str:
+        raise TypeError(f"the status must be a str, not {_kind(status)}: {status!r}")
+    if not _STATUS.fullmatch(status):
+        raise ValueError(f"the status must be like '200 OK', not {status!r}")
+    if len(_statuses) < _REMEMBERED:
+        _statuses.add(status)
+
+
+def _header_lines(
+    headers: list[tuple[str, str]], without_length: bool
+) -> tuple[str, int | None]:
+    """Returns the lines for `headers`, and the Content-Length among them.
+
+    With `without_length` there is no line for it. Raises if an application
+    may not send them.
+    """
+    if type(headers) is not list:
+        raise TypeError(f"the headers must be a list, not {_kind(headers)}")
+    lines = ""
+    length = None
+    for header in headers:
+        if type(header) is not tuple or len(header) != 2:
+            raise TypeError(f"a header must be a tuple (name, value), not {header!r}")
+        name, value = header
+        if type(name) is not str or type(value) is not str:
+            raise TypeError(f"the name and the value of a header must be str: {header!r}")
+        lower = _names.get(name) or _check_name(name)
+        # The first two are quick and true for nearly all values.
+        if not (value.isascii() and value.isprintable()) and (bad := _BAD_IN_VALUE.search(value)):
+            raise ValueError(f"the value of header {name} contains {bad[0]!r}: {value!r}")
+        if lower == "content-length":
+            if length is not None:
+                raise ValueError("the headers contain Content-Length twice")
+            if not _DIGITS.fullmatch(value):
+                raise ValueError(f"Content-Length must be a number, not {value!r}")
+            length = int(value)
+            if without_length:
+                # RFC 9110 section 8.6 forbids it there.
+                continue
+        lines += f"{name}: {value}\r\n"
+    return lines, length
+
+
 def _check_name(name: str) -> str:
     """Returns `name` in lower case if an application may send such a header."""
     if not _TOKEN.fullmatch(name):
@@ -376,7 +479,7 @@ def _check_name(name: str) -> str:
     lower = name.lower()
     if lower in _RESERVED:
         raise ValueError(f"header {name} is the server's business, not the application's")
-    if len(_names) < _NAMES_LIMIT:
+    if len(_names) < _REMEMBERED:
         _names[name] = lower
     return lower
 

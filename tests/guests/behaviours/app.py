@@ -1,6 +1,8 @@
 """One route for each small behaviour that the tests ask about."""
 
+import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -55,6 +57,43 @@ def count_only(environ, start_response):
 def lines(environ, start_response):
     stream = environ["wsgi.input"]
     return reply(start_response, repr([stream.readline(), stream.read(2), stream.readlines(), stream.read()]))
+
+
+def use_input(environ, start_response):
+    """Calls the methods of the input that the query names, as `read:3,readline,list`."""
+    stream = environ["wsgi.input"]
+    results = []
+    for call in environ["QUERY_STRING"].split(","):
+        name, *arguments = call.split(":")
+        if name == "list":
+            results.append(list(stream))
+        elif name == "next":
+            results.append(next(stream))
+        elif name == "readinto":
+            buffer = bytearray(int(arguments[0]))
+            results.append(bytes(buffer[: stream.readinto(buffer)]))
+        else:
+            results.append(getattr(stream, name)(*map(int, arguments)))
+    return reply(start_response, repr(results))
+
+
+def read_and_tell(environ, start_response):
+    """Reads the body as the query says, and logs how that went."""
+    stream = environ["wsgi.input"]
+    try:
+        if environ["QUERY_STRING"] == "lines":
+            length = sum(map(len, stream))
+        elif environ["QUERY_STRING"] == "pieces":
+            length = 0
+            while piece := stream.read(1000):
+                length += len(piece)
+        else:
+            length = len(stream.read())
+    except OSError as error:
+        print("reading failed with", type(error).__name__, file=sys.stderr)
+        raise
+    print("read a body of", length, file=sys.stderr)
+    return reply(start_response, str(length))
 
 
 def ignore_body(environ, start_response):
@@ -120,6 +159,211 @@ def stream_then_spin(environ, start_response):
     yield b"the beginning"
     while True:
         pass
+
+
+def stream_too_much(environ, start_response):
+    start_response("200 OK", [("Content-Length", "10")])
+    yield b"0123456"
+    yield b"789too much"
+    yield b"and more"
+
+
+def whole_too_much(environ, start_response):
+    start_response("200 OK", [("Content-Length", "4")])
+    return [b"four, ", b"not more"]
+
+
+def whole_too_little(environ, start_response):
+    start_response("200 OK", [("Content-Length", "40")])
+    return [b"less than that"]
+
+
+def late_start(environ, start_response):
+    """Starts the response in the iteration, after empty chunks."""
+    yield b""
+    start_response("202 Accepted", [("X-Late", "1")])
+    yield b""
+    yield b"late"
+
+
+def replace_head(environ, start_response):
+    """Fails after `start_response`, and says so while the head is still here."""
+    start_response("200 OK", [("X-First", "1")])
+    yield b""
+    try:
+        raise KeyError("found out late")
+    except KeyError:
+        start_response("503 Not Now", [("X-Second", "2")], sys.exc_info())
+    yield b"replaced"
+
+
+def replace_sent_head(environ, start_response):
+    """The same once the head is out: the exception comes back."""
+    start_response("200 OK", [("X-First", "1")])
+    yield b"sent"
+    try:
+        raise KeyError("found out too late")
+    except KeyError:
+        start_response("503 Not Now", [], sys.exc_info())
+    yield b"never"
+
+
+def start_twice(environ, start_response):
+    start_response("200 OK", [])
+    start_response("200 OK", [])
+    return [b"never"]
+
+
+# What no application may pass to `start_response`.
+WRONG_STARTS = {
+    "status-int": (200, []),
+    "status-bytes": (b"200 OK", []),
+    "status-alone": ("200", []),
+    "status-no-reason": ("200 ", []),
+    "status-words": ("OK 200", []),
+    "status-newline": ("200 OK\r\nX: y", []),
+    "headers-tuple": ("200 OK", ()),
+    "headers-dict": ("200 OK", {"X": "y"}),
+    "header-list": ("200 OK", [["X", "y"]]),
+    "header-triple": ("200 OK", [("X", "y", "z")]),
+    "name-bytes": ("200 OK", [(b"X", "y")]),
+    "name-blank": ("200 OK", [("X Y", "z")]),
+    "name-colon": ("200 OK", [("X:", "z")]),
+    "name-newline": ("200 OK", [("X\r\nY", "z")]),
+    "name-empty": ("200 OK", [("", "z")]),
+    "value-int": ("200 OK", [("X", 1)]),
+    "value-bytes": ("200 OK", [("X", b"y")]),
+    "value-none": ("200 OK", [("X", None)]),
+    "value-cr": ("200 OK", [("X", "a\rb")]),
+    "value-lf": ("200 OK", [("X", "a\nb")]),
+    "value-nul": ("200 OK", [("X", "a\0b")]),
+    "value-not-latin": ("200 OK", [("X", "\u20ac")]),
+    "length-twice": ("200 OK", [("Content-Length", "0"), ("content-length", "0")]),
+    "length-word": ("200 OK", [("Content-Length", "ten")]),
+    "hop-connection": ("200 OK", [("Connection", "close")]),
+    "hop-keep-alive": ("200 OK", [("Keep-Alive", "timeout=5")]),
+    "hop-te": ("200 OK", [("TE", "trailers")]),
+    "hop-trailer": ("200 OK", [("Trailer", "X")]),
+    "hop-upgrade": ("200 OK", [("Upgrade", "websocket")]),
+    "hop-proxy": ("200 OK", [("Proxy-Authenticate", "Basic")]),
+}
+
+
+def wrong_start(environ, start_response):
+    status, headers = WRONG_STARTS[environ["QUERY_STRING"]]
+    start_response(status, headers)
+    return [b"never"]
+
+
+def ordered_headers(environ, start_response):
+    names = ["X-Zebra", "ETag", "Content-Type", "x-lower", "X-Apple", "Set-Cookie", "Set-Cookie", "WWW-Authenticate"]
+    headers = [(name, str(number)) for number, name in enumerate(names)]
+    start_response("200 OK", [*headers, ("X-Latin", "caf\xe9"), ("X-Blank", "")])
+    return [b"ordered"]
+
+
+def write_slowly(environ, start_response):
+    write = start_response("200 OK", [("Content-Type", "text/plain")])
+    for index in range(1_000_000):
+        write(b"written %d\n" % index)
+        time.sleep(0.01)
+    return []
+
+
+class Closing:
+    """An iterable that counts how often it is closed, and ends as the query says."""
+
+    def __init__(self, how):
+        self.how = how
+
+    def __iter__(self):
+        yield b"one"
+        if self.how == "fail":
+            raise RuntimeError("failed in the iteration")
+        if self.how == "text":
+            yield "text"
+        yield b"two"
+
+    def close(self):
+        closed.append(self.how)
+        if self.how == "fail-in-close":
+            raise RuntimeError("failed in close")
+
+
+def close_how(environ, start_response):
+    how = environ["QUERY_STRING"]
+    if how != "no-start":
+        start_response("204 No Content" if how == "no-content" else "200 OK", [])
+    return Closing(how)
+
+
+def close_count(environ, start_response):
+    counted = ",".join(closed)
+    closed.clear()
+    return reply(start_response, counted)
+
+
+def send_file(environ, start_response):
+    """The file that the query names; `;` before a position and a Content-Length."""
+    path, position, length = (environ["QUERY_STRING"] + ";;").split(";")[:3]
+    headers = [("Content-Type", "application/octet-stream")]
+    if length:
+        headers.append(("Content-Length", length))
+    file = open(path, "rb")
+    file.seek(int(position or 0))
+    start_response("200 OK", headers)
+    return environ["wsgi.file_wrapper"](file)
+
+
+def send_temporary(environ, start_response):
+    """A file that is gone once the response is closed, or before."""
+    file = tempfile.NamedTemporaryFile()
+    for _ in range(300):
+        file.write(b"%01023d\n" % 7)
+    if environ["QUERY_STRING"] == "unlinked":
+        os.unlink(file.name)
+    file.seek(1024)
+    start_response("200 OK", [])
+    return environ["wsgi.file_wrapper"](file, 4096)
+
+
+def send_file_like(environ, start_response):
+    """What has a `fileno` and a name, and yet is not what is in the file."""
+    with gzip.open("/tmp/text.gz", "wb") as file:
+        file.write(b"unpacked " * 100_000)
+    start_response("200 OK", [])
+    if environ["QUERY_STRING"] == "gzip":
+        return environ["wsgi.file_wrapper"](gzip.open("/tmp/text.gz"))
+    return environ["wsgi.file_wrapper"](io.BytesIO(b"in memory " * 100_000))
+
+
+def big_file(environ, start_response):
+    """A file in `/tmp` with as many mebibytes as the query says, sent in the way it says."""
+    size, how = environ["QUERY_STRING"].split(";")
+    path = f"/tmp/big-{size}"
+    if not os.path.exists(path):
+        with open(path, "wb") as file:
+            for _ in range(int(size)):
+                file.write(bytes(range(256)) * 4096)
+    file = open(path, "rb")
+    start_response("200 OK", [("Content-Type", "application/octet-stream")])
+    if how == "wrapped":
+        return environ["wsgi.file_wrapper"](file)
+    return iter(lambda: file.read(8192), b"")
+
+
+def early_hints(environ, start_response):
+    if "wsgi.early_hints" not in environ:
+        return reply(start_response, "not possible")
+    environ["wsgi.early_hints"]([("Link", "</style.css>; rel=preload; as=style")])
+    environ["wsgi.early_hints"]([("Link", "</a.js>; rel=preload"), ("Link", "</b.js>; rel=preload")])
+    return reply(start_response, "hinted")
+
+
+def late_early_hints(environ, start_response):
+    start_response("200 OK", [])(b"sent")
+    environ["wsgi.early_hints"]([("Link", "</style.css>")])
+    return []
 
 
 def write_callable(environ, start_response):
@@ -412,7 +656,10 @@ def cpu_hash(environ, start_response):
 ROUTES = {
     "/" + function.__name__.replace("_", "-"): function
     for function in (
-        hello, show_environ, echo, count, count_only, lines, ignore_body, large, large_whole, stream, stream_exact,
+        hello, show_environ, echo, count, count_only, lines, use_input, read_and_tell, ignore_body, stream_too_much,
+        whole_too_much, whole_too_little, late_start, replace_head, replace_sent_head, start_twice, wrong_start,
+        ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file,
+        early_hints, late_early_hints, large, large_whole, stream, stream_exact,
         stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
         hop_by_hop, bad_status, recurse, recurse_in_c, spin, sleep, sleep_for_ever, compute, allocate,
