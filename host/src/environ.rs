@@ -9,14 +9,22 @@ use http::request::Parts;
 use crate::failure::Failure;
 
 /// Where a connection came in and who is on its other end.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Connection {
     /// `SERVER_NAME`: the address of our end.
     pub server_name: String,
     /// `SERVER_PORT`.
     pub server_port: String,
-    /// The client's address; none on a unix socket.
+    /// The client's address, with port 0 if that is not known; none on a unix
+    /// socket.
     pub peer: Option<SocketAddr>,
+    /// Whether the client speaks TLS, with us or with a proxy that says so.
+    pub is_https: bool,
+    /// The path at which a proxy mounts us: empty, or with a slash before and
+    /// none behind.
+    pub prefix: String,
+    /// The certificate by which the client has identified itself, as PEM.
+    pub client_certificate: Option<String>,
 }
 
 /// The environ block for a request.
@@ -29,7 +37,7 @@ pub struct Connection {
 pub fn environ(parts: &Parts, connection: &Connection) -> Result<Vec<u8>, Failure> {
     let mut block = Block(Vec::with_capacity(1024));
     block.add("REQUEST_METHOD", parts.method.as_str().as_bytes());
-    block.add("SCRIPT_NAME", b"");
+    block.add("SCRIPT_NAME", connection.prefix.as_bytes());
     let path = parts.uri.path();
     // `OPTIONS *` has no path at all (RFC 9112 section 3.2.4).
     let path = if path == "*" { "" } else { path };
@@ -43,10 +51,21 @@ pub fn environ(parts: &Parts, connection: &Connection) -> Result<Vec<u8>, Failur
     block.add("SERVER_PROTOCOL", protocol(parts.version));
     block.add("SERVER_SOFTWARE", concat!("wsgi-wasm/", env!("CARGO_PKG_VERSION")).as_bytes());
     block.add("GATEWAY_INTERFACE", b"CGI/1.1");
-    block.add("wsgi.url_scheme", b"http");
+    if connection.is_https {
+        block.add("wsgi.url_scheme", b"https");
+        block.add("HTTPS", b"on");
+    } else {
+        block.add("wsgi.url_scheme", b"http");
+    }
     if let Some(peer) = connection.peer {
         block.add("REMOTE_ADDR", peer.ip().to_canonical().to_string().as_bytes());
-        block.add("REMOTE_PORT", peer.port().to_string().as_bytes());
+        if peer.port() != 0 {
+            block.add("REMOTE_PORT", peer.port().to_string().as_bytes());
+        }
+    }
+    if let Some(certificate) = &connection.client_certificate {
+        block.add("SSL_CLIENT_VERIFY", b"SUCCESS");
+        block.add("SSL_CLIENT_CERT", certificate.as_bytes());
     }
     // An absolute-form target carries the host, which then counts instead of
     // the header (RFC 9112 section 3.2.2).
@@ -161,6 +180,9 @@ mod tests {
             server_name: "127.0.0.1".into(),
             server_port: "8000".into(),
             peer: Some("[::ffff:10.0.0.1]:5000".parse().unwrap()),
+            is_https: false,
+            prefix: String::new(),
+            client_certificate: None,
         };
         let block = environ(&parts, &connection)?;
         let parts: Vec<_> = block.split(|byte| *byte == 0).collect();

@@ -10,9 +10,11 @@ use http::StatusCode;
 pub enum Failure {
     /// The request breaks a rule that an app could not handle: the reason.
     BadRequest(&'static str),
+    /// The request is refused with this status: the reason.
+    Refused(StatusCode, &'static str),
     /// The request body is larger than the app's limit.
     BodyTooLarge,
-    /// The client sent no byte of its body for too long.
+    /// The client sent no byte of its body for too long, or too few.
     BodyTimeout,
     /// All instances are busy and the queue is full, or the wait was too long.
     Overloaded,
@@ -35,6 +37,7 @@ impl Failure {
     pub fn status(self) -> StatusCode {
         match self {
             Failure::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Failure::Refused(status, _) => status,
             Failure::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Failure::BodyTimeout | Failure::ClientGone => StatusCode::REQUEST_TIMEOUT,
             Failure::Overloaded | Failure::CannotStart => StatusCode::SERVICE_UNAVAILABLE,
@@ -53,8 +56,9 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::BadRequest(reason) => write!(f, "bad request: {reason}"),
+            Failure::Refused(_, reason) => write!(f, "request refused: {reason}"),
             Failure::BodyTooLarge => f.write_str("the request body is larger than the limit"),
-            Failure::BodyTimeout => f.write_str("the client sent no byte of its body for too long"),
+            Failure::BodyTimeout => f.write_str("the client sent its body too slowly"),
             Failure::Overloaded => f.write_str("all instances are busy"),
             Failure::CannotStart => f.write_str("no instance could be started"),
             Failure::App => f.write_str("the app failed"),

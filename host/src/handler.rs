@@ -5,16 +5,15 @@
 //! head of the response is there, then by hyper through the body. A guest is
 //! therefore not run while its client is too slow to take more.
 
-use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Method, Request, Response};
+use http::{Method, Response};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
@@ -40,6 +39,9 @@ pub struct RequestLimits {
     pub timeout: Duration,
     /// Time that a client may send or take no byte of a body.
     pub client_idle: Duration,
+    /// Bytes of a body that a client must send in a second, on average, once
+    /// it has had some seconds.
+    pub rate: u64,
 }
 
 /// One app as the handler sees it.
@@ -50,23 +52,38 @@ pub struct App {
     pub limits: RequestLimits,
 }
 
-/// Answers `request`. Never fails: a failure becomes a response here.
-///
-/// # Errors
-///
-/// None; the type is what hyper asks for.
+/// A response, and what the access log wants to know about it.
+pub struct Answer {
+    /// The response.
+    pub response: Response<ResponseBody>,
+    /// How long the request waited for an instance, if it got that far.
+    pub queued: Duration,
+    /// When it got one.
+    pub leased: Option<Instant>,
+}
+
+/// Answers a request. Never fails: a failure becomes a response here.
 pub async fn handle(
-    app: Arc<App>,
-    connection: Arc<Connection>,
-    request: Request<Incoming>,
-) -> Result<Response<ResponseBody>, Infallible> {
-    let id = RequestId::next();
-    let (parts, incoming) = request.into_parts();
-    let outcome = respond(&app, &connection, id, &parts, incoming).await;
-    Ok(outcome.unwrap_or_else(|failure| {
-        log(&app, id, &parts.method, failure);
+    app: &Arc<App>,
+    connection: &Connection,
+    id: RequestId,
+    parts: &http::request::Parts,
+    incoming: Incoming,
+) -> Answer {
+    let mut times = Times::default();
+    let outcome = respond(app, connection, id, parts, incoming, &mut times).await;
+    let response = outcome.unwrap_or_else(|failure| {
+        log(app, id, &parts.method, failure);
         refusal(failure, id)
-    }))
+    });
+    Answer { response, queued: times.queued, leased: times.leased }
+}
+
+/// When a request came to its instance.
+#[derive(Default)]
+struct Times {
+    queued: Duration,
+    leased: Option<Instant>,
 }
 
 /// The column of steps.
@@ -76,9 +93,10 @@ async fn respond(
     id: RequestId,
     parts: &http::request::Parts,
     incoming: Incoming,
+    times: &mut Times,
 ) -> Result<Response<ResponseBody>, Failure> {
     let environ = environ::environ(parts, connection)?;
-    let mut body = RequestBody::new(incoming, app.limits.body, app.limits.client_idle)?;
+    let mut body = RequestBody::new(incoming, &app.limits)?;
     let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
     // Reading answers `Expect: 100-continue`, which is the app's to decide.
     let inline = if is_small && !parts.headers.contains_key(header::EXPECT) {
@@ -86,7 +104,12 @@ async fn respond(
     } else {
         Bytes::new()
     };
-    let lease = app.pool.lease().await?;
+    let asked = Instant::now();
+    let lease = app.pool.lease().await;
+    let leased = Instant::now();
+    times.queued = leased - asked;
+    let lease = lease?;
+    times.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
     let exchange = Exchange::new(body, sender, app.limits.client_idle);
     let call = call(lease, id, parts.method.clone(), environ, inline, exchange, app.limits.timeout);
@@ -281,7 +304,7 @@ impl Head {
 
 /// The response for a request that failed. Its text is ours: nothing of the
 /// guest's is in it but the id under which the log has the rest.
-fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
+pub fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     let status = failure.status();
     let reason = status.canonical_reason().unwrap_or("Error");
     let text = format!("{} {reason}\nrequest {id}\n", status.as_u16());
@@ -292,8 +315,16 @@ fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     if matches!(failure, Failure::Overloaded | Failure::CannotStart) {
         headers.insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
     }
-    if matches!(failure, Failure::BodyTooLarge | Failure::BodyTimeout | Failure::ClientGone) {
-        // The rest of the body may still be under way: not the next request.
+    if matches!(
+        failure,
+        Failure::BadRequest(_)
+            | Failure::Refused(..)
+            | Failure::BodyTooLarge
+            | Failure::BodyTimeout
+            | Failure::ClientGone
+    ) {
+        // What follows may not be the next request: the rest of the body is
+        // still under way, or where it ends is in doubt.
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

@@ -4,12 +4,14 @@
 //! `handler` answers, with `environ`, `pool`, `instance` and `exchange` as its
 //! steps. `build` makes what is served.
 
+mod access_log;
 mod app;
 mod artifact;
 mod build;
 mod cache;
 mod cli;
 mod code;
+mod compress;
 mod connection;
 mod deadline;
 mod engine;
@@ -19,6 +21,8 @@ mod exchange;
 mod exec;
 mod failure;
 mod files;
+mod forwarded;
+mod front;
 mod guest_log;
 mod handler;
 mod inspect;
@@ -26,9 +30,14 @@ mod instance;
 mod key_derivation;
 mod listener;
 mod pool;
+mod proxy_protocol;
 mod request_id;
 mod serve;
+mod stall;
+mod static_files;
+mod tls;
 mod units;
+mod wire;
 
 use std::process::ExitCode;
 

@@ -5,17 +5,30 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
+use crate::access_log::AccessLog;
 use crate::app::{self, LoadedApp};
-use crate::cli::ServeArgs;
-use crate::connection::{Server, converse};
+use crate::cli::{HttpArgs, ServeArgs};
+use crate::connection::{ConnectionLimits, Peers, Server, converse};
 use crate::engine::{self, EpochTicker};
+use crate::error::UserError;
+use crate::forwarded::Proxies;
+use crate::front::Front;
 use crate::handler::{App, RequestLimits};
-use crate::listener::{Address, Listener};
+use crate::listener::{self, Address, Inherited, Listener};
 use crate::pool::{Pool, PoolSettings};
+use crate::static_files::Mount;
+use crate::tls::{Tls, TlsFiles};
+use crate::units::Size;
+use crate::wire::HeadLimits;
+
+/// Where we listen if nothing else is said.
+const DEFAULT_ADDRESS: &str = "127.0.0.1:8000";
+/// No limit for heads goes beyond this: each is held in memory.
+const MAX_HEAD: usize = 1 << 20;
 
 /// Runs the server until a signal ends it.
 ///
@@ -23,7 +36,17 @@ use crate::pool::{Pool, PoolSettings};
 ///
 /// A [`UserError`] if the app or an option is not usable, else what failed.
 pub fn run(args: &ServeArgs) -> Result<()> {
-    let addresses = args.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
+    // First of all, since it changes the environment.
+    let inherited = listener::inherited()?;
+    let mut addresses = args.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
+    if addresses.is_empty() && inherited.is_empty() {
+        addresses.push(Address::parse(DEFAULT_ADDRESS)?);
+    }
+    let http = &args.http;
+    let tls = tls(http)?;
+    let proxies = Proxies::new(&http.trusted_proxy, http.forwarded, http.forwarded_hops.into())?;
+    let mounts = http.static_files.iter().map(|text| Mount::parse(text)).collect::<Result<Vec<_>, _>>()?;
+    let access_log = AccessLog::open(http.access_log, http.access_log_file.as_deref())?.map(Arc::new);
     let settings = PoolSettings {
         instances: usize::from(args.instances),
         queue: args.queue as usize,
@@ -46,25 +69,78 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let limits = RequestLimits {
             body: args.max_body.0,
             timeout: args.timeout.0,
-            client_idle: args.client_timeout.0,
+            client_idle: http.client_timeout.0,
+            rate: http.min_rate.0,
         };
         let server = Server {
-            app: Arc::new(App { pool, limits }),
-            header_timeout: args.header_timeout.0,
-            client_idle: args.client_timeout.0,
-            connections: Arc::new(Semaphore::new(args.max_connections as usize)),
+            limits: connection_limits(http),
+            tls,
+            proxy_protocol: http.proxy_protocol,
+            connections: Arc::new(Semaphore::new(http.max_connections as usize)),
+            peers: Peers::new(http.max_connections_per_client, {
+                let proxies = proxies.clone();
+                move |peer| proxies.trusts(Some(peer))
+            }),
+            front: Front {
+                app: Arc::new(App { pool, limits }),
+                proxies,
+                mounts,
+                compress: http.compress,
+                access_log,
+            },
         };
-        serve(server, &addresses, args.grace.0).await
+        serve(server, &addresses, inherited, args.grace.0).await
     });
     // Whatever is left had its grace.
     runtime.shutdown_timeout(Duration::from_millis(100));
     served
 }
 
-async fn serve(server: Server, addresses: &[Address], grace: Duration) -> Result<()> {
+/// The certificates that the options name, loaded.
+fn tls(http: &HttpArgs) -> Result<Option<Arc<Tls>>> {
+    if http.tls_cert.len() != http.tls_key.len() {
+        let (certificates, keys) = (http.tls_cert.len(), http.tls_key.len());
+        return Err(UserError::new(format!("{certificates} certificates and {keys} keys were given"))
+            .remedy("give one `--tls-key` for each `--tls-cert`, in the same order")
+            .into());
+    }
+    if http.tls_cert.is_empty() {
+        return Ok(None);
+    }
+    let pairs = http.tls_cert.iter().cloned().zip(http.tls_key.iter().cloned()).collect();
+    Ok(Some(Arc::new(Tls::new(TlsFiles { pairs, client_ca: http.tls_client_ca.clone() })?)))
+}
+
+fn connection_limits(http: &HttpArgs) -> ConnectionLimits {
+    let bytes = |size: Size| usize::try_from(size.0).unwrap_or(usize::MAX).min(MAX_HEAD);
+    ConnectionLimits {
+        header_timeout: http.header_timeout.0,
+        keep_alive: http.keep_alive.0,
+        requests: http.keep_alive_requests,
+        client_idle: http.client_timeout.0,
+        head: HeadLimits {
+            bytes: bytes(http.max_header_size),
+            fields: http.max_headers.into(),
+            target: bytes(http.max_uri),
+        },
+        streams: http.http2_streams,
+        resets: http.http2_resets.into(),
+    }
+}
+
+async fn serve(
+    server: Server,
+    addresses: &[Address],
+    inherited: Vec<Inherited>,
+    grace: Duration,
+) -> Result<()> {
+    let with_tls = server.tls.is_some();
     let mut listeners = Vec::new();
+    for socket in inherited {
+        listeners.push(socket.listen(with_tls).context("failed to take over a socket")?);
+    }
     for address in addresses {
-        listeners.push(address.listen().await?);
+        listeners.push(address.listen(with_tls).await?);
     }
     let mut terminate = signal(SignalKind::terminate()).context("failed to watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to watch for SIGINT")?;
@@ -73,6 +149,9 @@ async fn serve(server: Server, addresses: &[Address], grace: Duration) -> Result
     }
     let server = Arc::new(server);
     let (stop, stopping) = watch::channel(false);
+    if let Some(tls) = &server.tls {
+        tokio::spawn(Arc::clone(tls).renew(stopping.clone()));
+    }
     let accepting: Vec<_> = listeners
         .into_iter()
         .map(|listener| tokio::spawn(accept(Arc::clone(&server), listener, stopping.clone())))
@@ -90,17 +169,17 @@ async fn serve(server: Server, addresses: &[Address], grace: Duration) -> Result
         // Drops the listener, so that no new connection is taken.
         let _ = task.await;
     }
-    tokio::select! {
+    let cut = tokio::select! {
         // Each connection holds a receiver until it is closed. Then only
         // guests that clean up after a client that left are still at work.
-        () = async { stop.closed().await; server.app.pool.drained().await } => Ok(()),
-        () = tokio::time::sleep(grace) => {
-            let open = stop.receiver_count();
-            tracing::warn!("{open} connections were still open after the grace time and are cut");
-            Ok(())
-        }
-        _ = terminate.recv() => { tracing::warn!("second signal: stopping at once"); Ok(()) }
-        _ = interrupt.recv() => { tracing::warn!("second signal: stopping at once"); Ok(()) }
+        () = async { stop.closed().await; server.front.app.pool.drained().await } => return Ok(()),
+        () = tokio::time::sleep(grace) => "after the grace time",
+        _ = terminate.recv() => "at the second signal",
+        _ = interrupt.recv() => "at the second signal",
+    };
+    match stop.receiver_count() {
+        0 => bail!("an app was still at work {cut} and is stopped"),
+        open => bail!("{open} connections were still open {cut} and are cut"),
     }
 }
 
@@ -123,8 +202,8 @@ async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Re
             _ = stopping.changed() => return,
         };
         match accepted {
-            (Ok(permit), Ok((stream, connection))) => {
-                tokio::spawn(converse(Arc::clone(&server), stream, connection, permit, stopping.clone()));
+            (Ok(permit), Ok(accepted)) => {
+                tokio::spawn(converse(Arc::clone(&server), accepted, permit, stopping.clone()));
             }
             (_, Err(error)) => {
                 // EMFILE and its like last a while; an aborted connection does
