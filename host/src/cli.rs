@@ -5,7 +5,9 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::access_log;
 use crate::code::Sharing;
+use crate::forwarded::Dialect;
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -98,7 +100,7 @@ pub struct ServeArgs {
     #[arg(long, value_name = "DIR", conflicts_with = "app")]
     pub tenants: Option<PathBuf>,
     /// Where to listen: ADDRESS:PORT, with port 0 for any free one, or unix:PATH (repeatable)
-    /// [default: 127.0.0.1:8000]
+    /// [default: the sockets that systemd passes, else 127.0.0.1:8000]
     #[arg(short, long, value_name = "ADDRESS")]
     pub bind: Vec<String>,
     /// Requests that can be in work at a time, each in its own instance
@@ -121,15 +123,6 @@ pub struct ServeArgs {
     /// Largest request body
     #[arg(long, value_name = "SIZE", default_value = "16MiB")]
     pub max_body: Size,
-    /// Time in which a client must send or take something of a body
-    #[arg(long, value_name = "TIME", default_value = "60s")]
-    pub client_timeout: Time,
-    /// Time in which a client must send the head of a request, and that an idle connection stays open
-    #[arg(long, value_name = "TIME", default_value = "30s")]
-    pub header_timeout: Time,
-    /// Connections that can be open at a time
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
-    pub max_connections: u32,
     /// Requests that may wait for an instance
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub queue: u32,
@@ -140,7 +133,84 @@ pub struct ServeArgs {
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub grace: Time,
     #[command(flatten)]
+    pub http: HttpArgs,
+    #[command(flatten)]
     pub project: SourceArgs,
+}
+
+/// Options of `serve` that concern clients and connections.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "HTTP options")]
+pub struct HttpArgs {
+    /// Time in which a client must send or take something of a body
+    #[arg(long, value_name = "TIME", default_value = "60s")]
+    pub client_timeout: Time,
+    /// Bytes of a body that a client must send in a second, on average after the first 10 seconds; 0 for no limit
+    #[arg(long, value_name = "SIZE", default_value = "256B")]
+    pub min_rate: Size,
+    /// Time in which a client must send the head of a request, or do a TLS handshake
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub header_timeout: Time,
+    /// Largest head of a request, with all its headers
+    #[arg(long, value_name = "SIZE", default_value = "32KiB")]
+    pub max_header_size: Size,
+    /// Headers that a request can have
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..))]
+    pub max_headers: u16,
+    /// Longest target of a request: path and query
+    #[arg(long, value_name = "SIZE", default_value = "8KiB")]
+    pub max_uri: Size,
+    /// Time that a connection without a request stays open
+    #[arg(long, value_name = "TIME", default_value = "30s")]
+    pub keep_alive: Time,
+    /// Requests after which a connection is closed
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
+    pub keep_alive_requests: u64,
+    /// Connections that can be open at a time
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_connections: u32,
+    /// Connections that one client address can have, or one IPv6 network of /64; trusted proxies have no limit
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_connections_per_client: u32,
+    /// Requests that can be under way at a time on one HTTP/2 connection
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    pub http2_streams: u32,
+    /// Streams that a client of HTTP/2 may reset before they were looked at, or break, until its connection ends
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
+    pub http2_resets: u16,
+    /// A certificate chain, as PEM, for TLS on all TCP addresses but those written http:ADDRESS:PORT (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub tls_cert: Vec<PathBuf>,
+    /// The private key of each certificate, as PEM (repeatable)
+    #[arg(long, value_name = "FILE")]
+    pub tls_key: Vec<PathBuf>,
+    /// Ask clients for certificates, by these authorities (PEM); one that has none is served too
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    pub tls_client_ca: Option<PathBuf>,
+    /// Expect each TCP connection to begin with a PROXY header, version 1 or 2
+    #[arg(long)]
+    pub proxy_protocol: bool,
+    /// Proxies whose headers about the client are believed: a network, an address, or unix (repeatable)
+    #[arg(long, value_name = "CIDR")]
+    pub trusted_proxy: Vec<String>,
+    /// The headers that trusted proxies set; all others about the client are removed
+    #[arg(long, value_enum, default_value_t)]
+    pub forwarded: Dialect,
+    /// Proxies that a request passes, each of which adds to these headers
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    pub forwarded_hops: u8,
+    /// Serve the files of a directory under a path, without the app (repeatable)
+    #[arg(long = "static", value_name = "/PATH=DIR")]
+    pub static_files: Vec<String>,
+    /// Compress text responses by brotli or gzip for clients that accept it
+    #[arg(long)]
+    pub compress: bool,
+    /// Log each request in this form
+    #[arg(long, value_enum, default_value_t)]
+    pub access_log: access_log::Format,
+    /// The file to append the access log to [default: standard error]
+    #[arg(long, value_name = "FILE")]
+    pub access_log_file: Option<PathBuf>,
 }
 
 /// Options for an app that is built before it is used.

@@ -1,129 +1,636 @@
-//! One connection, from its first byte to its last.
+//! One connection, from its first byte to its last: PROXY header, TLS, and
+//! then HTTP/1.1 or HTTP/2 by what the client sends first.
+//!
+//! [`Wire`] stands between hyper and the socket. It approves the bytes of
+//! HTTP/1.1 by the rules of [`crate::wire`], and holds the time limits that
+//! hyper does not have.
 
+use std::collections::HashMap;
 use std::future::Future;
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use bytes::{Buf as _, BytesMut};
 use http::Request;
 use hyper::body::Incoming;
-use hyper::server::conn::http1;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore, watch};
+use tokio::time::{Instant, Sleep};
 
 use crate::early_hints;
 use crate::environ::Connection;
-use crate::handler;
-use crate::listener::Stream;
-use crate::tenants::Tenants;
+use crate::failure::Failure;
+use crate::front::{self, Front};
+use crate::listener::{Accepted, Stream};
+use crate::proxy_protocol;
+use crate::stall::{Stall, Watched};
+use crate::tls::Tls;
+use crate::wire::{HeadLimits, Scan};
 
-/// Bytes of a request's head that hyper buffers, and of a response before it
-/// writes. Its least is 8 KiB.
+/// Bytes that hyper collects of a response before it writes. Its least is
+/// 8 KiB.
 const CONNECTION_BUFFER: usize = 64 << 10;
+/// Bytes read at a time while a head is not complete.
+const READ: usize = 8 << 10;
+/// What an HTTP/2 client sends first (RFC 9113 section 3.4).
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// How long, and for how many bytes, a connection that is closed early still
+/// takes what the client had under way. Else the kernel answers those bytes
+/// with a reset, and the client may lose the response it has not yet read.
+const LINGER: (Duration, usize) = (Duration::from_secs(1), 1 << 20);
+
+/// Limits for a connection.
+#[derive(Clone, Debug)]
+pub struct ConnectionLimits {
+    /// Time in which the first byte, a handshake, and the head of a request
+    /// must be complete.
+    pub header_timeout: Duration,
+    /// Time that a connection without a request stays open.
+    pub keep_alive: Duration,
+    /// Requests on one connection.
+    pub requests: u64,
+    /// Time in which a client must take something of a response.
+    pub client_idle: Duration,
+    /// The head of a request.
+    pub head: HeadLimits,
+    /// Requests at a time on one HTTP/2 connection.
+    pub streams: u32,
+    /// Streams of an HTTP/2 connection that a client may reset before we have
+    /// looked at them, and that we may reset for its mistakes.
+    pub resets: usize,
+}
 
 /// What every connection needs.
 pub struct Server {
-    /// The tenants that answer.
-    pub tenants: Arc<Tenants>,
-    /// Time in which the head of a request must come.
-    pub header_timeout: Duration,
-    /// Time in which a client must take something of a response.
-    pub client_idle: Duration,
+    /// What answers.
+    pub front: Front,
+    /// Limits for each connection.
+    pub limits: ConnectionLimits,
+    /// Certificates, for the listeners that speak TLS.
+    pub tls: Option<Arc<Tls>>,
+    /// Whether each TCP connection begins with a PROXY header.
+    pub proxy_protocol: bool,
     /// One permit per open connection.
     pub connections: Arc<Semaphore>,
+    /// Connections per client address.
+    pub peers: Peers,
+}
+
+/// What the requests of one connection share.
+pub struct Link {
+    /// Where it came in and who is on its other end.
+    pub connection: Arc<Connection>,
+    /// Whether it speaks HTTP/2.
+    pub is_h2: bool,
+    /// Whether the other end may say who the client is.
+    pub is_trusted: bool,
+    /// Requests that came.
+    requests: AtomicU64,
+    /// Requests whose response is not yet complete.
+    active: AtomicU64,
+    /// Wakes up when a response is complete (HTTP/2 only).
+    idle: Notify,
+    /// The request that was refused on the wire, by its number, and why.
+    refused: OnceLock<(u64, Failure)>,
+}
+
+impl Link {
+    fn new(server: &Server, connection: Connection, is_h2: bool) -> Arc<Link> {
+        Arc::new(Link {
+            is_trusted: server.front.trusts(connection.peer),
+            connection: Arc::new(connection),
+            is_h2,
+            requests: AtomicU64::new(0),
+            active: AtomicU64::new(0),
+            idle: Notify::new(),
+            refused: OnceLock::new(),
+        })
+    }
+
+    /// Counts a request in, until the guard is dropped. Returns its number,
+    /// from 1 on.
+    pub fn begin(self: &Arc<Link>) -> (u64, Active) {
+        self.active.fetch_add(1, Ordering::Relaxed);
+        (self.requests.fetch_add(1, Ordering::Relaxed) + 1, Active(Arc::clone(self)))
+    }
+
+    /// Why the request with this number was refused before hyper saw it.
+    pub fn refusal(&self, number: u64) -> Option<Failure> {
+        self.refused.get().filter(|(refused, _)| *refused == number).map(|(_, failure)| *failure)
+    }
+}
+
+/// A request that is being answered.
+pub struct Active(Arc<Link>);
+
+impl Drop for Active {
+    fn drop(&mut self) {
+        self.0.active.fetch_sub(1, Ordering::Relaxed);
+        if self.0.is_h2 {
+            self.0.idle.notify_one();
+        }
+    }
 }
 
 /// Speaks HTTP on one connection.
 pub async fn converse(
     server: Arc<Server>,
-    stream: Box<dyn Stream>,
-    connection: Connection,
-    _permit: OwnedSemaphorePermit,
-    mut stopping: watch::Receiver<bool>,
+    accepted: Accepted,
+    permit: OwnedSemaphorePermit,
+    stopping: watch::Receiver<bool>,
 ) {
-    let connection = Arc::new(connection);
-    let (stream, hints) = early_hints::layer(TimedWrites::new(stream, server.client_idle));
+    let peer = accepted.connection.peer;
+    let _permits = (
+        permit,
+        match server.peers.admit(peer.map(|peer| peer.ip())) {
+            Some(counted) => counted,
+            None => {
+                tracing::debug!(?peer, "connection refused: too many from this address");
+                return;
+            }
+        },
+    );
+    let mut stopped_early = stopping.clone();
+    let ready = tokio::select! {
+        ready = tokio::time::timeout(server.limits.header_timeout, prepare(&server, accepted)) => ready,
+        // Nothing was asked for yet.
+        () = stopped(&mut stopped_early) => return,
+    };
+    let result = match ready {
+        Ok(Ok(Some(prepared))) if prepared.is_h2 => http2(&server, prepared, stopping).await,
+        Ok(Ok(Some(prepared))) => http1(&server, prepared, stopping).await,
+        Ok(Ok(None)) => return,
+        Ok(Err(error)) => Err(error.into()),
+        Err(_) => Err("the client sent no request in time".into()),
+    };
+    if let Err(error) = result {
+        tracing::debug!(?peer, "connection ended: {error}");
+    }
+}
+
+/// Returns when the server is told to stop, or is gone.
+pub async fn stopped(stopping: &mut watch::Receiver<bool>) {
+    let _ = stopping.wait_for(|stop| *stop).await;
+}
+
+type Ended = Result<(), Box<dyn std::error::Error + Send + Sync>>;
+
+/// A connection on which HTTP can begin.
+struct Prepared {
+    stream: Box<dyn Stream>,
+    /// What was read already.
+    first: BytesMut,
+    is_h2: bool,
+    connection: Connection,
+}
+
+/// Reads what comes before HTTP, and tells its version by the first bytes.
+/// None if the client left without a word.
+async fn prepare(server: &Server, accepted: Accepted) -> io::Result<Option<Prepared>> {
+    let Accepted { mut stream, mut connection, is_tls } = accepted;
+    if server.proxy_protocol && connection.peer.is_some() {
+        let header = proxy_protocol::read(&mut stream).await?;
+        header.apply(&mut connection);
+    }
+    if let Some(tls) = server.tls.as_ref().filter(|_| is_tls) {
+        let secured = tls.accept(stream).await?;
+        connection.is_https = true;
+        connection.client_certificate = secured.client_certificate;
+        stream = secured.stream;
+    }
+    let mut first = BytesMut::with_capacity(READ);
+    loop {
+        let common = first.len().min(PREFACE.len());
+        if first[..common] != PREFACE[..common] {
+            return Ok(Some(Prepared { stream, first, is_h2: false, connection }));
+        }
+        if common == PREFACE.len() {
+            return Ok(Some(Prepared { stream, first, is_h2: true, connection }));
+        }
+        if stream.read_buf(&mut first).await? == 0 {
+            return Ok(None);
+        }
+    }
+}
+
+async fn http1(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Receiver<bool>) -> Ended {
+    let limits = &server.limits;
+    let link = Link::new(server, prepared.connection, false);
+    let scan = Scan::new(limits.head);
+    let wire = Wire::new(prepared.stream, prepared.first, Some(scan), Arc::clone(&link), limits);
+    let (wire, hints) = early_hints::layer(wire);
     let service = service_fn(|mut request: Request<Incoming>| {
         request.extensions_mut().insert(hints.clone());
-        handler::handle(Arc::clone(&server.tenants), Arc::clone(&connection), request)
+        front::answer(Arc::clone(server), Arc::clone(&link), request)
     });
-    let stream = TokioIo::new(stream);
-    let conversation = http1::Builder::new()
-        // Without a timer hyper ignores the timeout.
+    let mut builder = http1::Builder::new();
+    builder
+        // Only for the `Date` header: the time limits are ours.
         .timer(TokioTimer::new())
-        .header_read_timeout(server.header_timeout)
+        .header_read_timeout(None)
         // As apps write them and older clients expect them; hyper keeps no
         // spelling of ours.
         .title_case_headers(true)
         // Not `pipeline_flush`: with it hyper buffers bodies without a bound.
-        .max_buf_size(CONNECTION_BUFFER)
-        .serve_connection(stream, service);
-    let mut conversation = std::pin::pin!(conversation);
-    let result = tokio::select! {
-        result = conversation.as_mut() => result,
-        _ = stopping.changed() => {
+        .max_buf_size(CONNECTION_BUFFER.max(limits.head.bytes + READ));
+    if limits.head.fields > 100 {
+        // Up to a hundred hyper keeps on the stack.
+        builder.max_headers(limits.head.fields);
+    }
+    let mut conversation = std::pin::pin!(builder.serve_connection(TokioIo::new(wire), service));
+    let ended = tokio::select! {
+        ended = conversation.as_mut() => ended,
+        () = stopped(&mut stopping) => {
             // Ends after the response that is under way, or now if there is none.
             conversation.as_mut().graceful_shutdown();
             conversation.await
         }
     };
-    if let Err(error) = result {
-        tracing::debug!(peer = ?connection.peer, "connection ended: {error}");
+    ended.map_err(Into::into)
+}
+
+async fn http2(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Receiver<bool>) -> Ended {
+    let limits = &server.limits;
+    let link = Link::new(server, prepared.connection, true);
+    let wire = Wire::new(prepared.stream, prepared.first, None, Arc::clone(&link), limits);
+    let service = service_fn(|request| front::answer(Arc::clone(server), Arc::clone(&link), request));
+    let mut builder = http2::Builder::new(StreamTasks { limit: limits.client_idle });
+    builder
+        .timer(TokioTimer::new())
+        .max_concurrent_streams(limits.streams)
+        // Rapid reset: more than these unseen, and the connection ends.
+        .max_pending_accept_reset_streams(limits.resets)
+        .max_local_error_reset_streams(limits.resets)
+        // h2 also ends a connection whose CONTINUATION frames go far beyond.
+        .max_header_list_size(u32::try_from(limits.head.bytes).unwrap_or(u32::MAX))
+        .max_send_buf_size(CONNECTION_BUFFER)
+        // A dead client is found out even if nothing is sent to it.
+        .keep_alive_interval(limits.keep_alive)
+        .keep_alive_timeout(limits.header_timeout);
+    let mut conversation = std::pin::pin!(builder.serve_connection(TokioIo::new(wire), service));
+    let mut leaving = false;
+    loop {
+        // Without a request for as long as a connection may idle, or with all
+        // it may ask for: say goodbye (GOAWAY), and then cut.
+        let idle = idle(&link, if leaving { limits.header_timeout } else { limits.keep_alive });
+        let spent = async {
+            while link.requests.load(Ordering::Relaxed) < limits.requests {
+                link.idle.notified().await;
+            }
+        };
+        tokio::select! {
+            ended = conversation.as_mut() => return ended.map_err(Into::into),
+            () = stopped(&mut stopping), if !leaving => {}
+            () = spent, if !leaving => {}
+            () = idle => {
+                if leaving {
+                    return Err("the client does not close the connection".into());
+                }
+            }
+        }
+        leaving = true;
+        conversation.as_mut().graceful_shutdown();
     }
 }
 
-/// A stream whose writes fail if the other end takes nothing for too long.
-/// hyper has no such limit; a client that never reads would hold its
-/// connection, and the instance behind it, for ever.
-struct TimedWrites {
-    stream: Box<dyn Stream>,
+/// Returns when no request was active for `time`.
+async fn idle(link: &Link, time: Duration) {
+    let mut seen = link.requests.load(Ordering::Relaxed);
+    let mut since = Instant::now();
+    loop {
+        tokio::time::sleep_until(since + time).await;
+        let now = link.requests.load(Ordering::Relaxed);
+        if link.active.load(Ordering::Relaxed) == 0 && now == seen {
+            return;
+        }
+        (seen, since) = (now, Instant::now());
+    }
+}
+
+/// Runs the streams of an HTTP/2 connection, each as a task that ends when its
+/// client takes nothing for too long. A stream that ends early is reset.
+#[derive(Clone)]
+struct StreamTasks {
     limit: Duration,
-    waiting: Option<Pin<Box<tokio::time::Sleep>>>,
 }
 
-impl TimedWrites {
-    fn new(stream: Box<dyn Stream>, limit: Duration) -> TimedWrites {
-        TimedWrites { stream, limit, waiting: None }
+impl<F> hyper::rt::Executor<F> for StreamTasks
+where
+    F: Future<Output = ()> + Send + 'static,
+{
+    fn execute(&self, stream: F) {
+        tokio::spawn(Watched::new(stream, Stall::default(), self.limit));
+    }
+}
+
+/// How many connections each client address has.
+pub struct Peers {
+    limit: u32,
+    /// Networks that many clients come from: proxies.
+    exempt: Box<dyn Fn(IpAddr) -> bool + Send + Sync>,
+    counts: Arc<Mutex<HashMap<IpAddr, u32>>>,
+}
+
+impl Peers {
+    /// Allows `limit` connections per address but for those that are `exempt`.
+    pub fn new(limit: u32, exempt: impl Fn(IpAddr) -> bool + Send + Sync + 'static) -> Peers {
+        Peers { limit, exempt: Box::new(exempt), counts: Arc::default() }
     }
 
-    fn within_limit<T>(
-        &mut self,
-        context: &mut Context<'_>,
-        polled: Poll<io::Result<T>>,
-    ) -> Poll<io::Result<T>> {
-        if polled.is_ready() {
+    /// Counts a connection until the guard is dropped; none if it is one too
+    /// many.
+    fn admit(&self, peer: Option<IpAddr>) -> Option<Counted> {
+        let Some(peer) = peer.map(network).filter(|peer| !(self.exempt)(*peer)) else {
+            return Some(Counted(None));
+        };
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let count = counts.entry(peer).or_default();
+        if *count >= self.limit {
+            return None;
+        }
+        *count += 1;
+        Some(Counted(Some((peer, Arc::clone(&self.counts)))))
+    }
+}
+
+/// What one customer usually has: an IPv4 address, or an IPv6 network of /64.
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(address) => IpAddr::V6((address.to_bits() & !u128::from(u64::MAX)).into()),
+        address => address,
+    }
+}
+
+/// A connection that was counted.
+struct Counted(Option<(IpAddr, Arc<Mutex<HashMap<IpAddr, u32>>>)>);
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        let Some((peer, counts)) = self.0.take() else { return };
+        let mut counts = counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(count) = counts.get_mut(&peer) {
+            *count -= 1;
+            if *count == 0 {
+                counts.remove(&peer);
+            }
+        }
+    }
+}
+
+/// A stream that lets pass only what the rules allow, in the time they allow.
+struct Wire {
+    stream: Box<dyn Stream>,
+    link: Arc<Link>,
+    /// Follows the messages; none for HTTP/2, which h2 does better.
+    scan: Option<Scan>,
+    /// Bytes that were read and not yet handed on.
+    held: BytesMut,
+    /// How many of them may be.
+    approved: usize,
+    /// What hyper reads in place of a request that was refused.
+    stand_in: &'static [u8],
+    is_refused: bool,
+    /// When the wait began for the head or the rest of it.
+    waiting: Option<Instant>,
+    read_timer: Option<Pin<Box<Sleep>>>,
+    write_timer: Option<Pin<Box<Sleep>>>,
+    header_timeout: Duration,
+    keep_alive: Duration,
+    client_idle: Duration,
+    closing: Closing,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Closing {
+    No,
+    /// Our side is closed; so many bytes may still come.
+    Lingering(usize),
+}
+
+impl Wire {
+    fn new(
+        stream: Box<dyn Stream>,
+        held: BytesMut,
+        scan: Option<Scan>,
+        link: Arc<Link>,
+        limits: &ConnectionLimits,
+    ) -> Wire {
+        let mut wire = Wire {
+            stream,
+            link,
+            approved: 0,
+            scan,
+            held,
+            stand_in: b"",
+            is_refused: false,
+            waiting: None,
+            read_timer: None,
+            write_timer: None,
+            header_timeout: limits.header_timeout,
+            keep_alive: limits.keep_alive,
+            client_idle: limits.client_idle,
+            closing: Closing::No,
+        };
+        // Errors show at the first read.
+        let _ = wire.approve_held();
+        wire
+    }
+
+    /// Approves what is held and was not yet.
+    fn approve_held(&mut self) -> io::Result<()> {
+        let Some(scan) = &mut self.scan else {
+            self.approved = self.held.len();
+            return Ok(());
+        };
+        match scan.approve(&self.held[self.approved..]) {
+            Ok(passed) => {
+                self.approved += passed;
+                Ok(())
+            }
+            Err((passed, failure)) => {
+                self.approved += passed;
+                self.held.truncate(self.approved);
+                self.refuse(failure)
+            }
+        }
+    }
+
+    /// Ends what may be read of this connection. A head that breaks a rule
+    /// is replaced by one that hyper takes, so that the request is answered
+    /// and logged like any other; a body just breaks off.
+    fn refuse(&mut self, failure: Failure) -> io::Result<()> {
+        let Some(scan) = &self.scan else { return Ok(()) };
+        self.is_refused = true;
+        if !scan.in_head() {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, failure));
+        }
+        // Set once: nothing is read after a refusal.
+        let _ = self.link.refused.set((scan.heads() + 1, failure));
+        self.stand_in = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n";
+        Ok(())
+    }
+
+    /// What remains to hand on of what is approved, then of the stand-in.
+    fn hand_on(&mut self, buffer: &mut ReadBuf<'_>) -> bool {
+        let length = self.approved.min(buffer.remaining());
+        if length > 0 {
+            buffer.put_slice(&self.held[..length]);
+            self.held.advance(length);
+            self.approved -= length;
+            return true;
+        }
+        let length = self.stand_in.len().min(buffer.remaining());
+        buffer.put_slice(&self.stand_in[..length]);
+        self.stand_in = &self.stand_in[length..];
+        length > 0
+    }
+
+    /// Whether the client has taken too long to send a head, or to begin one.
+    fn poll_overdue(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let is_partial = !self.held.is_empty();
+        let is_between =
+            self.scan.as_ref().is_some_and(Scan::in_head) && self.link.active.load(Ordering::Relaxed) == 0;
+        if !is_partial && !is_between {
             self.waiting = None;
+            return Poll::Pending;
+        }
+        let limit = if is_partial { self.header_timeout } else { self.keep_alive };
+        let deadline = *self.waiting.get_or_insert_with(Instant::now) + limit;
+        // The timer is set only when it went off: most waits are short.
+        let timer = self.read_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(deadline)));
+        if timer.deadline() > deadline {
+            timer.as_mut().reset(deadline);
+        }
+        while timer.as_mut().poll(context).is_ready() {
+            if deadline <= Instant::now() {
+                return Poll::Ready(());
+            }
+            timer.as_mut().reset(deadline);
+        }
+        Poll::Pending
+    }
+
+    fn in_time<T>(&mut self, context: &mut Context<'_>, polled: Poll<io::Result<T>>) -> Poll<io::Result<T>> {
+        if polled.is_ready() {
+            self.write_timer = None;
             return polled;
         }
-        let limit = self.limit;
-        let waiting = self.waiting.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
-        ready!(waiting.as_mut().poll(context));
+        let limit = self.client_idle;
+        let timer = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
+        ready!(timer.as_mut().poll(context));
         Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes no data")))
     }
 }
 
-impl AsyncRead for TimedWrites {
+impl AsyncRead for Wire {
     fn poll_read(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_read(context, buffer)
+        let wire = self.get_mut();
+        loop {
+            if wire.hand_on(buffer) {
+                return Poll::Ready(Ok(()));
+            }
+            if wire.is_refused {
+                // Neither more nor an end, which hyper would take for the
+                // client's leave: it closes after the response.
+                return Poll::Pending;
+            }
+            let Some(scan) = &mut wire.scan else {
+                return Pin::new(&mut wire.stream).poll_read(context, buffer);
+            };
+            if wire.held.is_empty() {
+                // The usual way: into hyper's own buffer, and all of it is fine.
+                let before = buffer.filled().len();
+                let polled = Pin::new(&mut wire.stream).poll_read(context, buffer)?;
+                if polled.is_pending() {
+                    ready!(wire.poll_overdue(context));
+                    // The end of an idle connection.
+                    return Poll::Ready(Ok(()));
+                }
+                wire.waiting = None;
+                let read = &buffer.filled()[before..];
+                if read.is_empty() {
+                    return Poll::Ready(Ok(()));
+                }
+                match scan.approve(read) {
+                    Ok(passed) => {
+                        wire.held.extend_from_slice(&read[passed..]);
+                        buffer.set_filled(before + passed);
+                        if passed > 0 {
+                            return Poll::Ready(Ok(()));
+                        }
+                    }
+                    Err((passed, failure)) => {
+                        buffer.set_filled(before + passed);
+                        wire.refuse(failure)?;
+                        if passed > 0 {
+                            return Poll::Ready(Ok(()));
+                        }
+                    }
+                }
+                continue;
+            }
+            // The rest of a head.
+            wire.held.reserve(READ);
+            let polled = read_more(&mut wire.stream, context, &mut wire.held)?;
+            match polled {
+                Poll::Pending => {
+                    ready!(wire.poll_overdue(context));
+                    wire.held.clear();
+                    wire.refuse(Failure::Refused(
+                        http::StatusCode::REQUEST_TIMEOUT,
+                        "the head of the request did not come in time",
+                    ))?;
+                }
+                // The client left in the middle of a head.
+                Poll::Ready(0) => return Poll::Ready(Ok(())),
+                Poll::Ready(_) => {
+                    wire.approve_held()?;
+                    if wire.approved > 0 {
+                        wire.waiting = None;
+                    }
+                }
+            }
+        }
     }
 }
 
-impl AsyncWrite for TimedWrites {
+/// Reads what there is to the end of `buffer`.
+fn read_more(
+    stream: &mut Box<dyn Stream>,
+    context: &mut Context<'_>,
+    buffer: &mut BytesMut,
+) -> io::Result<Poll<usize>> {
+    let mut chunk = [0; READ];
+    let mut read = ReadBuf::new(&mut chunk);
+    Ok(match Pin::new(stream).poll_read(context, &mut read)? {
+        Poll::Pending => Poll::Pending,
+        Poll::Ready(()) => {
+            buffer.extend_from_slice(read.filled());
+            Poll::Ready(read.filled().len())
+        }
+    })
+}
+
+impl AsyncWrite for Wire {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write(context, bytes);
-        self.within_limit(context, polled)
+        self.in_time(context, polled)
     }
 
     fn poll_write_vectored(
@@ -132,7 +639,7 @@ impl AsyncWrite for TimedWrites {
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let polled = Pin::new(&mut self.stream).poll_write_vectored(context, buffers);
-        self.within_limit(context, polled)
+        self.in_time(context, polled)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -141,11 +648,36 @@ impl AsyncWrite for TimedWrites {
 
     fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let polled = Pin::new(&mut self.stream).poll_flush(context);
-        self.within_limit(context, polled)
+        self.in_time(context, polled)
     }
 
-    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let polled = Pin::new(&mut self.stream).poll_shutdown(context);
-        self.within_limit(context, polled)
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let wire = self.get_mut();
+        if wire.closing == Closing::No {
+            let polled = Pin::new(&mut wire.stream).poll_shutdown(context);
+            ready!(wire.in_time(context, polled))?;
+            let is_whole = wire.scan.as_ref().is_none_or(Scan::in_head) && !wire.is_refused;
+            if is_whole {
+                return Poll::Ready(Ok(()));
+            }
+            wire.closing = Closing::Lingering(LINGER.1);
+            wire.read_timer = Some(Box::pin(tokio::time::sleep(LINGER.0)));
+        }
+        let Closing::Lingering(left) = &mut wire.closing else { return Poll::Ready(Ok(())) };
+        let mut chunk = [0; READ];
+        loop {
+            let mut read = ReadBuf::new(&mut chunk);
+            match Pin::new(&mut wire.stream).poll_read(context, &mut read) {
+                Poll::Ready(Ok(())) if !read.filled().is_empty() && *left > 0 => {
+                    *left = left.saturating_sub(read.filled().len());
+                }
+                Poll::Ready(_) => return Poll::Ready(Ok(())),
+                Poll::Pending => {
+                    let Some(timer) = &mut wire.read_timer else { return Poll::Ready(Ok(())) };
+                    ready!(timer.as_mut().poll(context));
+                    return Poll::Ready(Ok(()));
+                }
+            }
+        }
     }
 }

@@ -9,14 +9,22 @@ use http::request::Parts;
 use crate::failure::Failure;
 
 /// Where a connection came in and who is on its other end.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct Connection {
     /// `SERVER_NAME`: the address of our end.
     pub server_name: String,
     /// `SERVER_PORT`.
     pub server_port: String,
-    /// The client's address; none on a unix socket.
+    /// The client's address, with port 0 if that is not known; none on a unix
+    /// socket.
     pub peer: Option<SocketAddr>,
+    /// Whether the client speaks TLS, with us or with a proxy that says so.
+    pub is_https: bool,
+    /// The path at which a proxy mounts us: empty, or with a slash before and
+    /// none behind.
+    pub prefix: String,
+    /// The certificate by which the client has identified itself, as PEM.
+    pub client_certificate: Option<String>,
 }
 
 /// `prefix` as PEP 3333 wants a `SCRIPT_NAME`: empty for the root, else with
@@ -72,7 +80,9 @@ pub fn host(parts: &Parts) -> &str {
 pub fn environ(parts: &Parts, connection: &Connection, script_name: &str) -> Result<Vec<u8>, Failure> {
     let mut block = Block { names: Vec::with_capacity(512), values: Vec::with_capacity(1024) };
     block.add("REQUEST_METHOD", parts.method.as_str().as_bytes());
-    block.add("SCRIPT_NAME", script_name.as_bytes());
+    // A proxy before us may have its own mount in front of ours.
+    let mount: &[&[u8]] = &[connection.prefix.as_bytes(), script_name.as_bytes()];
+    block.add("SCRIPT_NAME", &mount.concat());
     let path = parts.uri.path();
     // `OPTIONS *` has no path at all (RFC 9112 section 3.2.4).
     let path = if path == "*" { "" } else { path };
@@ -86,10 +96,21 @@ pub fn environ(parts: &Parts, connection: &Connection, script_name: &str) -> Res
     block.add("SERVER_PROTOCOL", protocol(parts.version));
     block.add("SERVER_SOFTWARE", concat!("wsgi-wasm/", env!("CARGO_PKG_VERSION")).as_bytes());
     block.add("GATEWAY_INTERFACE", b"CGI/1.1");
-    block.add("wsgi.url_scheme", b"http");
+    if connection.is_https {
+        block.add("wsgi.url_scheme", b"https");
+        block.add("HTTPS", b"on");
+    } else {
+        block.add("wsgi.url_scheme", b"http");
+    }
     if let Some(peer) = connection.peer {
         block.add("REMOTE_ADDR", peer.ip().to_canonical().to_string().as_bytes());
-        block.add("REMOTE_PORT", peer.port().to_string().as_bytes());
+        if peer.port() != 0 {
+            block.add("REMOTE_PORT", peer.port().to_string().as_bytes());
+        }
+    }
+    if let Some(certificate) = &connection.client_certificate {
+        block.add("SSL_CLIENT_VERIFY", b"SUCCESS");
+        block.add("SSL_CLIENT_CERT", certificate.as_bytes());
     }
     // An absolute-form target carries the host, which then counts instead of
     // the header (RFC 9112 section 3.2.2).
@@ -223,13 +244,16 @@ mod tests {
             server_name: "127.0.0.1".into(),
             server_port: "8000".into(),
             peer: Some("[::ffff:10.0.0.1]:5000".parse().unwrap()),
+            is_https: false,
+            prefix: String::new(),
+            client_certificate: None,
         };
         let block = environ(&parts, &connection, script_name)?;
         let fields: Vec<_> = block.split(|byte| *byte == 0).collect();
         let names = fields.iter().position(|field| field.is_empty()).unwrap();
         let values = &fields[names + 1..];
         assert_eq!(values.len(), names);
-        Ok(std::iter::zip(fields, values)
+        Ok(std::iter::zip(&fields, values)
             .map(|(name, value)| (String::from_utf8(name.to_vec()).unwrap(), value.to_vec()))
             .collect())
     }

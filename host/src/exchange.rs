@@ -1,7 +1,10 @@
 //! The two streams of one request: the client's body on its way to the guest,
 //! and the guest's response on its way to the client.
 
-use std::time::Duration;
+use std::error::Error as _;
+use std::future::{Future as _, poll_fn};
+use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
@@ -14,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::early_hints::EarlyHints;
 use crate::failure::Failure;
 use crate::file_part::FilePart;
+use crate::handler::RequestLimits;
 
 /// A head larger than this is refused; common clients stop at 64 KiB or less.
 const MAX_HEAD: usize = 128 << 10;
@@ -61,6 +65,11 @@ pub struct RequestBody {
     allowed: u64,
     /// How long the client may send nothing.
     idle: Duration,
+    /// How many bytes it must send in a second, and what it has sent in which
+    /// time. Only waiting for it counts.
+    rate: u64,
+    received: u64,
+    waited: Duration,
     /// Why reading ended early, if it did.
     failure: Option<Failure>,
 }
@@ -73,6 +82,9 @@ impl RequestBody {
             buffered: Bytes::new(),
             allowed: 0,
             idle: Duration::ZERO,
+            rate: 0,
+            received: 0,
+            waited: Duration::ZERO,
             failure: None,
         }
     }
@@ -81,16 +93,19 @@ impl RequestBody {
     ///
     /// # Errors
     ///
-    /// [`Failure::BodyTooLarge`] if its announced length exceeds `limit` bytes.
-    pub fn new(incoming: Incoming, limit: u64, idle: Duration) -> Result<RequestBody, Failure> {
-        if incoming.size_hint().lower() > limit {
+    /// [`Failure::BodyTooLarge`] if its announced length exceeds the limit.
+    pub fn new(incoming: Incoming, limits: &RequestLimits) -> Result<RequestBody, Failure> {
+        if incoming.size_hint().lower() > limits.body {
             return Err(Failure::BodyTooLarge);
         }
         Ok(RequestBody {
             incoming: (!incoming.is_end_stream()).then_some(incoming),
             buffered: Bytes::new(),
-            allowed: limit,
-            idle,
+            allowed: limits.body,
+            idle: limits.client_idle,
+            rate: limits.rate,
+            received: 0,
+            waited: Duration::ZERO,
             failure: None,
         })
     }
@@ -114,13 +129,26 @@ impl RequestBody {
             let Some(incoming) = &mut self.incoming else {
                 return Ok(Bytes::new());
             };
-            let frame = match tokio::time::timeout(self.idle, incoming.frame()).await {
+            let mut next = std::pin::pin!(incoming.frame());
+            // What is there already costs no timer.
+            let ready = poll_fn(|context| Poll::Ready(next.as_mut().poll(context))).await;
+            let polled = match ready {
+                Poll::Ready(frame) => Ok(frame),
+                Poll::Pending => {
+                    let start = Instant::now();
+                    let patience = self.idle.min(time_left(self.rate, self.received, self.waited));
+                    let frame = tokio::time::timeout(patience, next).await;
+                    self.waited += start.elapsed();
+                    frame
+                }
+            };
+            let frame = match polled {
                 Err(_) => return Err(self.fail(Failure::BodyTimeout)),
                 Ok(None) => {
                     self.incoming = None;
                     return Ok(Bytes::new());
                 }
-                Ok(Some(Err(_))) => return Err(self.fail(Failure::ClientGone)),
+                Ok(Some(Err(error))) => return Err(self.fail(reading_failed(&error))),
                 Ok(Some(Ok(frame))) => frame,
             };
             // Trailers are dropped: CGI has no place for them.
@@ -129,6 +157,7 @@ impl RequestBody {
                 Some(allowed) => self.allowed = allowed,
                 None => return Err(self.fail(Failure::BodyTooLarge)),
             }
+            self.received += data.len() as u64;
             self.buffered = data;
         }
         Ok(self.buffered.split_to(self.buffered.len().min(max)))
@@ -167,6 +196,33 @@ impl RequestBody {
         self.failure = Some(failure);
         failure
     }
+}
+
+/// How long a client that has sent so much in so much time may send nothing
+/// without falling below the rate. Every client has some seconds to begin.
+fn time_left(rate: u64, received: u64, waited: Duration) -> Duration {
+    const GRACE: Duration = Duration::from_secs(10);
+    let Some(milliseconds) = received.saturating_mul(1000).checked_div(rate) else {
+        return Duration::MAX;
+    };
+    // At least a moment, for what is in the kernel's buffers already.
+    (GRACE + Duration::from_millis(milliseconds)).saturating_sub(waited).max(Duration::from_millis(1))
+}
+
+/// Why the body of a request could not be read.
+fn reading_failed(error: &hyper::Error) -> Failure {
+    let mut source = error.source();
+    while let Some(cause) = source {
+        // Ours, out of the check of what is on the wire.
+        if let Some(cause) = cause.downcast_ref::<std::io::Error>() {
+            let ours = cause.get_ref().and_then(|inner| inner.downcast_ref::<Failure>());
+            if let Some(failure) = ours {
+                return *failure;
+            }
+        }
+        source = cause.source();
+    }
+    Failure::ClientGone
 }
 
 /// Where a guest stands with its response.

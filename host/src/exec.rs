@@ -26,7 +26,7 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
-    let shared = Shared::new(engine, cache, args.grants.code, Duration::MAX);
+    let shared = Shared::new(engine, cache, args.grants.code, Duration::MAX, 0);
     let (program, grants) = app::load_artifact(&shared, &config, Share::new(1, None))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)

@@ -10,9 +10,11 @@ use http::StatusCode;
 pub enum Failure {
     /// The request breaks a rule that an app could not handle: the reason.
     BadRequest(&'static str),
+    /// The request is refused with this status: the reason.
+    Refused(StatusCode, &'static str),
     /// The request body is larger than the app's limit.
     BodyTooLarge,
-    /// The client sent no byte of its body for too long.
+    /// The client sent no byte of its body for too long, or too few.
     BodyTimeout,
     /// No tenant answers for the host (RFC 9110 section 15.5.20).
     UnknownHost,
@@ -48,6 +50,7 @@ impl Failure {
     pub fn status(self) -> StatusCode {
         match self {
             Failure::BadRequest(_) => StatusCode::BAD_REQUEST,
+            Failure::Refused(status, _) => status,
             Failure::BodyTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
             Failure::BodyTimeout | Failure::ClientGone => StatusCode::REQUEST_TIMEOUT,
             Failure::UnknownHost => StatusCode::MISDIRECTED_REQUEST,
@@ -83,8 +86,9 @@ impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Failure::BadRequest(reason) => write!(f, "bad request: {reason}"),
+            Failure::Refused(_, reason) => write!(f, "request refused: {reason}"),
             Failure::BodyTooLarge => f.write_str("the request body is larger than the limit"),
-            Failure::BodyTimeout => f.write_str("the client sent no byte of its body for too long"),
+            Failure::BodyTimeout => f.write_str("the client sent its body too slowly"),
             Failure::UnknownHost => f.write_str("no tenant answers for this host"),
             Failure::NoTenant => f.write_str("no tenant is mounted at this path"),
             Failure::Suspended => f.write_str("the tenant is suspended"),

@@ -5,12 +5,11 @@
 //! head of the response is there, then by hyper through the body. A guest is
 //! therefore not run while its client is too slow to take more.
 
-use std::convert::Infallible;
 use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
@@ -47,6 +46,9 @@ pub struct RequestLimits {
     pub cpu: Option<Duration>,
     /// Time that a client may send or take no byte of a body.
     pub client_idle: Duration,
+    /// Bytes of a body that a client must send in a second, on average, once
+    /// it has had some seconds.
+    pub rate: u64,
 }
 
 /// One app as the handler sees it.
@@ -66,34 +68,56 @@ pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
     let id = RequestId::next();
     let request = Request::get(path).header(header::HOST, "localhost").body(());
     let (parts, ()) = request.map_err(|_| Failure::BadRequest("the path is not valid"))?.into_parts();
-    let connection = Connection { server_name: "localhost".into(), server_port: "80".into(), peer: None };
+    let connection = Connection {
+        server_name: "localhost".into(),
+        server_port: "80".into(),
+        peer: None,
+        ..Connection::default()
+    };
     let environ = environ::environ(&parts, &connection, "")?;
     let observer = Observer { tenant: None, id, method: Method::GET };
     let input = Input { environ, inline: Bytes::new(), body: RequestBody::empty(), hints: None };
-    let mut running = run(app, observer, input).await?;
+    let mut running = run(app, observer, input, &mut Times::default()).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, _) | First::Streaming(head) | First::File(head, _) => Ok(head.status.as_u16()),
     }
 }
 
-/// Answers `request`. Never fails: a failure becomes a response here.
-///
-/// # Errors
-///
-/// None; the type is what hyper asks for.
+/// A response, and what the access log wants to know about it.
+pub struct Answer {
+    /// The response.
+    pub response: Response<ResponseBody>,
+    /// How long the request waited for an instance, if it got that far.
+    pub queued: Duration,
+    /// When it got one.
+    pub leased: Option<Instant>,
+    /// Whose app it was for.
+    pub tenant: Option<Arc<Tenant>>,
+}
+
+/// Answers a request. Never fails: a failure becomes a response here.
 pub async fn handle(
-    tenants: Arc<Tenants>,
-    connection: Arc<Connection>,
-    request: Request<Incoming>,
-) -> Result<Response<ResponseBody>, Infallible> {
-    let id = RequestId::next();
-    let (parts, incoming) = request.into_parts();
+    tenants: &Tenants,
+    connection: &Connection,
+    id: RequestId,
+    parts: &http::request::Parts,
+    incoming: Incoming,
+) -> Answer {
+    let mut times = Times::default();
     let mut observer = Observer { tenant: None, id, method: parts.method.clone() };
-    let outcome = respond(&tenants, &connection, &mut observer, &parts, incoming).await;
-    Ok(outcome.unwrap_or_else(|failure| {
+    let outcome = respond(tenants, connection, &mut observer, parts, incoming, &mut times).await;
+    let response = outcome.unwrap_or_else(|failure| {
         observer.ended(Err(failure));
         refusal(failure, id)
-    }))
+    });
+    Answer { response, queued: times.queued, leased: times.leased, tenant: observer.tenant }
+}
+
+/// When a request came to its instance.
+#[derive(Default)]
+struct Times {
+    queued: Duration,
+    leased: Option<Instant>,
 }
 
 /// The column of steps.
@@ -103,13 +127,14 @@ async fn respond(
     observer: &mut Observer,
     parts: &http::request::Parts,
     incoming: Incoming,
+    times: &mut Times,
 ) -> Result<Response<ResponseBody>, Failure> {
     let tenant = tenants.route(environ::host(parts), parts.uri.path())?;
     observer.tenant = Some(Arc::clone(&tenant));
     tenant.admit()?;
     let app = &tenant.app;
     let environ = environ::environ(parts, connection, &tenant.config.path)?;
-    let mut body = RequestBody::new(incoming, app.limits.body, app.limits.client_idle)?;
+    let mut body = RequestBody::new(incoming, &app.limits)?;
     let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
     // Reading answers `Expect: 100-continue`, which is the app's to decide.
     let inline = if is_small && !parts.headers.contains_key(header::EXPECT) {
@@ -121,7 +146,7 @@ async fn respond(
     // section 15.2), and hyper can not send them on HTTP/2.
     let hints = parts.extensions.get::<EarlyHints>().filter(|_| parts.version == Version::HTTP_11);
     let input = Input { environ, inline, body, hints: hints.cloned() };
-    let mut running = run(app, observer.clone(), input).await?;
+    let mut running = run(app, observer.clone(), input, times).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, body) => {
             observer.ended(Ok(()));
@@ -152,9 +177,14 @@ struct Input {
 /// # Errors
 ///
 /// If there is none to be had.
-async fn run(app: &App, observer: Observer, input: Input) -> Result<Running, Failure> {
+async fn run(app: &App, observer: Observer, input: Input, times: &mut Times) -> Result<Running, Failure> {
     let Input { environ, inline, body, hints } = input;
-    let lease = app.pool.lease().await?;
+    let asked = Instant::now();
+    let lease = app.pool.lease().await;
+    let leased = Instant::now();
+    times.queued = leased - asked;
+    let lease = lease?;
+    times.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
     let exchange = Exchange::new(body, sender, app.limits.response, app.limits.client_idle).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
@@ -386,7 +416,7 @@ impl Head {
 
 /// The response for a request that failed. Its text is ours: nothing of the
 /// guest's is in it but the id under which the log has the rest.
-fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
+pub fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     let status = failure.status();
     let reason = status.canonical_reason().unwrap_or("Error");
     let text = format!("{} {reason}\nrequest {id}\n", status.as_u16());
@@ -397,8 +427,16 @@ fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     if let Some(seconds) = failure.retry_after() {
         headers.insert(header::RETRY_AFTER, HeaderValue::from(seconds));
     }
-    if matches!(failure, Failure::BodyTooLarge | Failure::BodyTimeout | Failure::ClientGone) {
-        // The rest of the body may still be under way: not the next request.
+    if matches!(
+        failure,
+        Failure::BadRequest(_)
+            | Failure::Refused(..)
+            | Failure::BodyTooLarge
+            | Failure::BodyTimeout
+            | Failure::ClientGone
+    ) {
+        // What follows may not be the next request: the rest of the body is
+        // still under way, or where it ends is in doubt.
         headers.insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response

@@ -14,7 +14,9 @@ use crate::error::UserError;
 /// An address to listen on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Address {
-    Tcp(String),
+    /// Address and port, and whether it stays without TLS in any case.
+    Tcp(String, bool),
+    /// A path.
     Unix(PathBuf),
 }
 
@@ -35,6 +37,10 @@ impl Address {
             }
             return Ok(Address::Unix(path.into()));
         }
+        let (text, is_plain) = match text.strip_prefix("http:") {
+            Some(address) => (address, true),
+            None => (text, false),
+        };
         let Some((host, port)) = text.rsplit_once(':') else {
             return Err(refuse("the port is missing").into());
         };
@@ -44,7 +50,7 @@ impl Address {
         if host.is_empty() {
             return Err(refuse("the address before the port is missing").into());
         }
-        Ok(Address::Tcp(text.to_owned()))
+        Ok(Address::Tcp(text.to_owned(), is_plain))
     }
 
     /// Binds the address.
@@ -52,9 +58,9 @@ impl Address {
     /// # Errors
     ///
     /// A [`UserError`] if that is not possible.
-    pub async fn listen(&self) -> Result<Listener> {
+    pub async fn listen(&self, with_tls: bool) -> Result<Listener> {
         match self {
-            Address::Tcp(address) => {
+            Address::Tcp(address, is_plain) => {
                 let listener = TcpListener::bind(address).await.map_err(|error| {
                     let refused = UserError::new(format!("can not listen on `{address}`: {error}"));
                     match error.kind() {
@@ -66,7 +72,7 @@ impl Address {
                         _ => refused.remedy("choose an address of this machine with `--bind`"),
                     }
                 })?;
-                Ok(Listener::Tcp(listener))
+                Ok(Listener::Tcp(listener, with_tls && !is_plain))
             }
             Address::Unix(path) => {
                 remove_stale_socket(path);
@@ -80,7 +86,7 @@ impl Address {
                         _ => refused.remedy("choose a path in a directory that exists and can be written"),
                     }
                 })?;
-                Ok(Listener::Unix(listener, path.clone()))
+                Ok(Listener::Unix(listener, Some(path.clone())))
             }
         }
     }
@@ -100,19 +106,92 @@ pub fn remove_stale_socket(path: &Path) {
 
 /// A bound socket.
 pub enum Listener {
-    Tcp(TcpListener),
-    Unix(UnixListener, PathBuf),
+    /// A TCP port, and whether it speaks TLS.
+    Tcp(TcpListener, bool),
+    /// A unix socket, and its path if it is ours to remove.
+    Unix(UnixListener, Option<PathBuf>),
+}
+
+/// A connection before its first byte.
+pub struct Accepted {
+    /// The bytes.
+    pub stream: Box<dyn Stream>,
+    /// What is known of both ends.
+    pub connection: Connection,
+    /// Whether it begins with a TLS handshake.
+    pub is_tls: bool,
+}
+
+/// The sockets that the service manager has bound for us, as systemd's
+/// `sd_listen_fds` has it. None in most cases.
+///
+/// Call it before any thread starts: it takes the variables that tell of them
+/// out of the environment.
+///
+/// # Errors
+///
+/// If one of them is no stream socket.
+pub fn inherited() -> Result<Vec<Inherited>> {
+    let mut sockets = listenfd::ListenFd::from_env();
+    let mut listeners = Vec::new();
+    for index in 0..sockets.len() {
+        // A socket of the wrong kind is left for the next to try.
+        let listener = match sockets.take_tcp_listener(index) {
+            Ok(listener) => listener.map(Inherited::Tcp),
+            Err(_) => sockets
+                .take_unix_listener(index)
+                .map_err(|error| {
+                    UserError::new(format!("can not use socket {index} of the service manager: {error}"))
+                        .remedy("pass TCP or unix stream sockets only (`ListenStream=`)")
+                })?
+                .map(Inherited::Unix),
+        };
+        listeners.extend(listener);
+    }
+    Ok(listeners)
+}
+
+/// A socket that another process has bound.
+pub enum Inherited {
+    /// A TCP port.
+    Tcp(std::net::TcpListener),
+    /// A unix socket.
+    Unix(std::os::unix::net::UnixListener),
+}
+
+impl Inherited {
+    /// Makes it ours.
+    ///
+    /// # Errors
+    ///
+    /// If the socket can not be polled.
+    pub fn listen(self, with_tls: bool) -> io::Result<Listener> {
+        match self {
+            Inherited::Tcp(listener) => {
+                listener.set_nonblocking(true)?;
+                Ok(Listener::Tcp(TcpListener::from_std(listener)?, with_tls))
+            }
+            Inherited::Unix(listener) => {
+                listener.set_nonblocking(true)?;
+                Ok(Listener::Unix(UnixListener::from_std(listener)?, None))
+            }
+        }
+    }
 }
 
 impl Listener {
     /// How clients reach it, for people.
     pub fn url(&self) -> String {
         match self {
-            Listener::Tcp(listener) => match listener.local_addr() {
-                Ok(address) => format!("http://{address}"),
-                Err(_) => "http".into(),
-            },
-            Listener::Unix(_, path) => format!("unix:{}", path.display()),
+            Listener::Tcp(listener, is_tls) => {
+                let scheme = if *is_tls { "https" } else { "http" };
+                match listener.local_addr() {
+                    Ok(address) => format!("{scheme}://{address}"),
+                    Err(_) => scheme.into(),
+                }
+            }
+            Listener::Unix(_, Some(path)) => format!("unix:{}", path.display()),
+            Listener::Unix(_, None) => "unix".into(),
         }
     }
 
@@ -121,9 +200,9 @@ impl Listener {
     /// # Errors
     ///
     /// As the system has it.
-    pub async fn accept(&self) -> io::Result<(Box<dyn Stream>, Connection)> {
+    pub async fn accept(&self) -> io::Result<Accepted> {
         match self {
-            Listener::Tcp(listener) => {
+            Listener::Tcp(listener, is_tls) => {
                 let (stream, peer) = listener.accept().await?;
                 // Each piece of a response goes out as it comes; Nagle's
                 // algorithm would hold it back for the client's next ACK.
@@ -133,16 +212,20 @@ impl Listener {
                     server_name: local.ip().to_canonical().to_string(),
                     server_port: local.port().to_string(),
                     peer: Some(peer),
+                    ..Connection::default()
                 };
-                Ok((Box::new(stream), connection))
+                Ok(Accepted { stream: Box::new(stream), connection, is_tls: *is_tls })
             }
             Listener::Unix(listener, _) => {
                 let (stream, _) = listener.accept().await?;
                 // PEP 3333 wants both names; these are what clients of a unix
                 // socket send as `Host`.
-                let connection =
-                    Connection { server_name: "localhost".into(), server_port: "80".into(), peer: None };
-                Ok((Box::new(stream), connection))
+                let connection = Connection {
+                    server_name: "localhost".into(),
+                    server_port: "80".into(),
+                    ..Connection::default()
+                };
+                Ok(Accepted { stream: Box::new(stream), connection, is_tls: false })
             }
         }
     }
@@ -150,7 +233,7 @@ impl Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Listener::Unix(_, path) = self {
+        if let Listener::Unix(_, Some(path)) = self {
             // A socket that nobody listens on only misleads.
             let _ = std::fs::remove_file(path);
         }
@@ -167,10 +250,13 @@ mod tests {
 
     #[test]
     fn addresses_are_read_or_refused_with_a_remedy() {
-        assert_eq!(Address::parse("127.0.0.1:0").unwrap(), Address::Tcp("127.0.0.1:0".into()));
-        assert_eq!(Address::parse("[::1]:80").unwrap(), Address::Tcp("[::1]:80".into()));
+        assert_eq!(Address::parse("127.0.0.1:0").unwrap(), Address::Tcp("127.0.0.1:0".into(), false));
+        assert_eq!(Address::parse("[::1]:80").unwrap(), Address::Tcp("[::1]:80".into(), false));
         assert_eq!(Address::parse("unix:/run/x.sock").unwrap(), Address::Unix("/run/x.sock".into()));
-        for bad in ["8000", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:70000", ":8000", "unix:", ""] {
+        assert_eq!(Address::parse("http:[::1]:80").unwrap(), Address::Tcp("[::1]:80".into(), true));
+        for bad in
+            ["8000", "http://x", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:70000", ":8000", "unix:", ""]
+        {
             let error = Address::parse(bad).unwrap_err();
             assert!(error.is::<UserError>(), "{bad}");
             assert!(error.to_string().contains("help:"), "{bad}");

@@ -4,6 +4,7 @@
 //! `handler` answers, with `environ`, `pool`, `instance` and `exchange` as its
 //! steps. `build` makes what is served.
 
+mod access_log;
 mod app;
 mod artifact;
 mod build;
@@ -11,6 +12,7 @@ mod cache;
 mod cli;
 mod clock;
 mod code;
+mod compress;
 mod config;
 mod connection;
 mod control;
@@ -23,6 +25,8 @@ mod exec;
 mod failure;
 mod file_part;
 mod files;
+mod forwarded;
+mod front;
 mod guest_log;
 mod handler;
 mod inspect;
@@ -30,11 +34,16 @@ mod instance;
 mod key_derivation;
 mod listener;
 mod pool;
+mod proxy_protocol;
 mod request_id;
 mod scheduler;
 mod serve;
+mod stall;
+mod static_files;
 mod tenants;
+mod tls;
 mod units;
+mod wire;
 
 use std::process::ExitCode;
 

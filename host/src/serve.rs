@@ -2,28 +2,37 @@
 //!
 //! Everything that can be wrong is found before the first socket is bound.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
+use crate::access_log::AccessLog;
 use crate::app;
 use crate::cache::Cache;
-use crate::cli::{CheckArgs, ServeArgs};
+use crate::cli::{CheckArgs, HttpArgs, ServeArgs};
 use crate::config::{self, Instances, Limits, TenantConfig};
-use crate::connection::{Server, converse};
+use crate::connection::{ConnectionLimits, Peers, Server, converse};
 use crate::control;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
-use crate::listener::{Address, Listener};
+use crate::forwarded::Proxies;
+use crate::front::Front;
+use crate::listener::{self, Address, Inherited, Listener};
 use crate::scheduler::processors;
+use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
+use crate::tls::{Tls, TlsFiles};
+use crate::units::Size;
+use crate::wire::HeadLimits;
 
-/// Where to listen if nothing is said.
+/// Where we listen if nothing else is said.
 const DEFAULT_ADDRESS: &str = "127.0.0.1:8000";
+/// No limit for heads goes beyond this: each is held in memory.
+const MAX_HEAD: usize = 1 << 20;
 
 /// Runs the server until a signal ends it.
 ///
@@ -31,9 +40,19 @@ const DEFAULT_ADDRESS: &str = "127.0.0.1:8000";
 ///
 /// A [`UserError`] if an app or an option is not usable, else what failed.
 pub fn run(args: &ServeArgs) -> Result<()> {
+    // First of all, since it changes the environment.
+    let inherited = listener::inherited()?;
     let cache = Cache::open()?;
+    let http = &args.http;
+    let tls = tls(http)?;
+    let proxies = Proxies::new(&http.trusted_proxy, http.forwarded, http.forwarded_hops.into())?;
+    let mounts = http.static_files.iter().map(|text| Mount::parse(text)).collect::<Result<Vec<_>, _>>()?;
+    let access_log = AccessLog::open(http.access_log, http.access_log_file.as_deref())?.map(Arc::new);
     let plan = Plan::new(args, &cache)?;
-    let addresses = plan.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
+    let mut addresses = plan.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
+    if addresses.is_empty() && inherited.is_empty() {
+        addresses.push(Address::parse(DEFAULT_ADDRESS)?);
+    }
     let engine = engine::runner(plan.instances)
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
@@ -44,21 +63,59 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .enable_all()
         .build()
         .context("failed to start the runtime")?;
-    let client_idle = args.client_timeout.0;
-    let shared = Arc::new(Shared::new(engine, cache, args.grants.code, client_idle));
+    let (idle, rate) = (http.client_timeout.0, http.min_rate.0);
+    let shared = Arc::new(Shared::new(engine, cache, args.grants.code, idle, rate));
     let served = runtime.block_on(async {
         let tenants = Tenants::start(shared, plan.source, plan.state).await?;
         let server = Server {
-            tenants: Arc::clone(&tenants),
-            header_timeout: args.header_timeout.0,
-            client_idle,
-            connections: Arc::new(Semaphore::new(args.max_connections as usize)),
+            limits: connection_limits(http),
+            tls,
+            proxy_protocol: http.proxy_protocol,
+            connections: Arc::new(Semaphore::new(http.max_connections as usize)),
+            peers: Peers::new(http.max_connections_per_client, {
+                let proxies = proxies.clone();
+                move |peer| proxies.trusts(Some(peer))
+            }),
+            front: Front { tenants, proxies, mounts, compress: http.compress, access_log },
         };
-        serve(server, &addresses, plan.control.as_deref(), plan.watched, args.grace.0).await
+        let work = Work { control: plan.control, watched: plan.watched, grace: args.grace.0 };
+        serve(server, &addresses, inherited, work).await
     });
     // Whatever is left had its grace.
     runtime.shutdown_timeout(Duration::from_millis(100));
     served
+}
+
+/// The certificates that the options name, loaded.
+fn tls(http: &HttpArgs) -> Result<Option<Arc<Tls>>> {
+    if http.tls_cert.len() != http.tls_key.len() {
+        let (certificates, keys) = (http.tls_cert.len(), http.tls_key.len());
+        return Err(UserError::new(format!("{certificates} certificates and {keys} keys were given"))
+            .remedy("give one `--tls-key` for each `--tls-cert`, in the same order")
+            .into());
+    }
+    if http.tls_cert.is_empty() {
+        return Ok(None);
+    }
+    let pairs = http.tls_cert.iter().cloned().zip(http.tls_key.iter().cloned()).collect();
+    Ok(Some(Arc::new(Tls::new(TlsFiles { pairs, client_ca: http.tls_client_ca.clone() })?)))
+}
+
+fn connection_limits(http: &HttpArgs) -> ConnectionLimits {
+    let bytes = |size: Size| usize::try_from(size.0).unwrap_or(usize::MAX).min(MAX_HEAD);
+    ConnectionLimits {
+        header_timeout: http.header_timeout.0,
+        keep_alive: http.keep_alive.0,
+        requests: http.keep_alive_requests,
+        client_idle: http.client_timeout.0,
+        head: HeadLimits {
+            bytes: bytes(http.max_header_size),
+            fields: http.max_headers.into(),
+            target: bytes(http.max_uri),
+        },
+        streams: http.http2_streams,
+        resets: http.http2_resets.into(),
+    }
 }
 
 /// The `check` command: reads a configuration and says what is wrong with it.
@@ -97,8 +154,7 @@ struct Plan {
 impl Plan {
     fn new(args: &ServeArgs, cache: &Cache) -> Result<Plan> {
         let bind = |configured: Vec<String>| {
-            let given = if args.bind.is_empty() { configured } else { args.bind.clone() };
-            if given.is_empty() { vec![DEFAULT_ADDRESS.to_owned()] } else { given }
+            if args.bind.is_empty() { configured } else { args.bind.clone() }
         };
         if let Some(path) = args.config.clone() {
             let config = config::load(&path)?;
@@ -153,29 +209,38 @@ impl Plan {
     }
 }
 
-async fn serve(
-    server: Server,
-    addresses: &[Address],
-    control: Option<&Path>,
+/// What the server does besides answering.
+struct Work {
+    control: Option<PathBuf>,
     watched: Vec<PathBuf>,
+    /// Time to finish what is running at the end.
     grace: Duration,
-) -> Result<()> {
+}
+
+async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>, work: Work) -> Result<()> {
+    let with_tls = server.tls.is_some();
     let mut listeners = Vec::new();
+    for socket in inherited {
+        listeners.push(socket.listen(with_tls).context("failed to take over a socket")?);
+    }
     for address in addresses {
-        listeners.push(address.listen().await?);
+        listeners.push(address.listen(with_tls).await?);
     }
     let mut terminate = signal(SignalKind::terminate()).context("failed to watch for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("failed to watch for SIGINT")?;
     let mut reload = signal(SignalKind::hangup()).context("failed to watch for SIGHUP")?;
-    if let Some(path) = control {
-        control::start(Arc::clone(&server.tenants), path)?;
+    if let Some(path) = &work.control {
+        control::start(Arc::clone(&server.front.tenants), path)?;
     }
-    tokio::spawn(Arc::clone(&server.tenants).look_after(watched));
+    tokio::spawn(Arc::clone(&server.front.tenants).look_after(work.watched));
     for listener in &listeners {
         announce(&format!("listening on {}", listener.url()));
     }
     let server = Arc::new(server);
     let (stop, stopping) = watch::channel(false);
+    if let Some(tls) = &server.tls {
+        tokio::spawn(Arc::clone(tls).renew(stopping.clone()));
+    }
     let accepting: Vec<_> = listeners
         .into_iter()
         .map(|listener| tokio::spawn(accept(Arc::clone(&server), listener, stopping.clone())))
@@ -186,7 +251,7 @@ async fn serve(
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = reload.recv() => server.tenants.reload_or_log().await,
+            _ = reload.recv() => server.front.tenants.reload_or_log().await,
         }
     }
     tracing::info!("stopping: finishing what is running");
@@ -196,17 +261,17 @@ async fn serve(
         // Drops the listener, so that no new connection is taken.
         let _ = task.await;
     }
-    tokio::select! {
+    let cut = tokio::select! {
         // Each connection holds a receiver until it is closed. Then only
         // guests that clean up after a client that left are still at work.
-        () = async { stop.closed().await; server.tenants.drained().await } => Ok(()),
-        () = tokio::time::sleep(grace) => {
-            let open = stop.receiver_count();
-            tracing::warn!("{open} connections were still open after the grace time and are cut");
-            Ok(())
-        }
-        _ = terminate.recv() => { tracing::warn!("second signal: stopping at once"); Ok(()) }
-        _ = interrupt.recv() => { tracing::warn!("second signal: stopping at once"); Ok(()) }
+        () = async { stop.closed().await; server.front.tenants.drained().await } => return Ok(()),
+        () = tokio::time::sleep(work.grace) => "after the grace time",
+        _ = terminate.recv() => "at the second signal",
+        _ = interrupt.recv() => "at the second signal",
+    };
+    match stop.receiver_count() {
+        0 => bail!("an app was still at work {cut} and is stopped"),
+        open => bail!("{open} connections were still open {cut} and are cut"),
     }
 }
 
@@ -229,8 +294,8 @@ async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Re
             _ = stopping.changed() => return,
         };
         match accepted {
-            (Ok(permit), Ok((stream, connection))) => {
-                tokio::spawn(converse(Arc::clone(&server), stream, connection, permit, stopping.clone()));
+            (Ok(permit), Ok(accepted)) => {
+                tokio::spawn(converse(Arc::clone(&server), accepted, permit, stopping.clone()));
             }
             (_, Err(error)) => {
                 // EMFILE and its like last a while; an aborted connection does

@@ -51,13 +51,21 @@ pub struct Shared {
     pub scheduler: Arc<Scheduler>,
     /// Time that a client may send or take no byte of a body.
     pub client_idle: Duration,
+    /// Bytes of a body that a client must send in a second, on average.
+    pub min_rate: u64,
 }
 
 impl Shared {
     /// What tenants on `engine` share.
-    pub fn new(engine: Engine, cache: Cache, sharing: Option<Sharing>, client_idle: Duration) -> Shared {
+    pub fn new(
+        engine: Engine,
+        cache: Cache,
+        sharing: Option<Sharing>,
+        client_idle: Duration,
+        min_rate: u64,
+    ) -> Shared {
         let loader = Loader::new(&engine, &cache);
-        Shared { engine, cache, loader, sharing, scheduler: Scheduler::new(), client_idle }
+        Shared { engine, cache, loader, sharing, scheduler: Scheduler::new(), client_idle, min_rate }
     }
 }
 
@@ -129,6 +137,7 @@ impl Tenant {
             timeout: config.limits.timeout,
             cpu: config.limits.cpu,
             client_idle: shared.client_idle,
+            rate: shared.min_rate,
         };
         let app = Arc::new(App { pool: Pool::new(program, grants, settings), limits });
         Ok(Tenant {

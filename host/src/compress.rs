@@ -1,0 +1,265 @@
+//! Compression of responses, where the client and the response allow it.
+
+use std::io::Write as _;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use flate2::write::GzEncoder;
+use http::header::{self, HeaderValue};
+use http::{HeaderMap, Method, Response, StatusCode};
+use http_body::Frame;
+
+use crate::failure::Failure;
+use crate::front::Kind;
+
+/// Shorter bodies do not become shorter.
+const LEAST: u64 = 256;
+/// Bytes compressed at a time, so that other connections get their turn.
+const STEP: usize = 64 << 10;
+/// Levels for content that is compressed for one client only.
+const GZIP_LEVEL: u32 = 5;
+const BROTLI_LEVEL: u32 = 4;
+/// Two to the power of this is a stream's window, and about its memory.
+const BROTLI_WINDOW: u32 = 18;
+
+/// The encodings that a client takes, with weights from 0 to 1000.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Accepted {
+    brotli: u16,
+    gzip: u16,
+}
+
+impl Accepted {
+    /// Reads `Accept-Encoding` (RFC 9110 section 12.5.3).
+    pub fn by(headers: &HeaderMap) -> Accepted {
+        let (mut brotli, mut gzip, mut any) = (None, None, None);
+        let values = headers.get_all(header::ACCEPT_ENCODING).iter();
+        for element in values.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(',')) {
+            let mut parts = element.split(';').map(str::trim);
+            let coding = parts.next().unwrap_or_default();
+            let weight = parts.find_map(|part| part.strip_prefix("q=").or(part.strip_prefix("Q=")));
+            let weight = match weight.map(str::parse::<f32>) {
+                None => 1000,
+                // Whatever it is: a cast keeps it in range, and NaN becomes 0.
+                #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "clamped")]
+                Some(Ok(weight)) => (weight * 1000.0).clamp(0.0, 1000.0) as u16,
+                Some(Err(_)) => 0,
+            };
+            match coding {
+                "*" => any = Some(weight),
+                coding if coding.eq_ignore_ascii_case("br") => brotli = Some(weight),
+                coding if coding.eq_ignore_ascii_case("gzip") => gzip = Some(weight),
+                _ => {}
+            }
+        }
+        Accepted { brotli: brotli.or(any).unwrap_or(0), gzip: gzip.or(any).unwrap_or(0) }
+    }
+
+    /// The encodings that are accepted, the better first, each with the
+    /// suffix that files in it have.
+    pub fn in_order(self) -> impl Iterator<Item = (&'static str, &'static str)> {
+        let (br, gzip) = (("br", ".br", self.brotli), ("gzip", ".gz", self.gzip));
+        let order = if self.gzip > self.brotli { [gzip, br] } else { [br, gzip] };
+        order.into_iter().filter(|(_, _, weight)| *weight > 0).map(|(coding, suffix, _)| (coding, suffix))
+    }
+}
+
+/// Compresses `response` if it may be.
+pub fn apply(method: &Method, request: &HeaderMap, mut response: Response<Kind>) -> Response<Kind> {
+    if !may_compress(&response) {
+        return response;
+    }
+    // What is sent depends on this, whatever it says now.
+    let varies = response.headers().get_all(header::VARY).iter();
+    let is_said = varies
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|name| name.trim() == "*" || name.trim().eq_ignore_ascii_case("accept-encoding"));
+    if !is_said {
+        response.headers_mut().append(header::VARY, HeaderValue::from_static("accept-encoding"));
+    }
+    let Some((coding, _)) = Accepted::by(request).in_order().next() else { return response };
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(coding));
+    headers.remove(header::CONTENT_LENGTH);
+    headers.remove(header::ACCEPT_RANGES);
+    // Other bytes than those that a strong tag stands for.
+    if let Some(tag) = headers.get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"))
+        && let Ok(weak) = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat())
+    {
+        headers.insert(header::ETAG, weak);
+    }
+    if *method == Method::HEAD {
+        return response;
+    }
+    response.map(|body| {
+        let is_live = body.is_live();
+        Kind::Compressed(Box::new(Compressed {
+            body,
+            rest: Bytes::new(),
+            encoder: Encoder::new(coding),
+            is_live,
+        }))
+    })
+}
+
+fn may_compress(response: &Response<Kind>) -> bool {
+    let headers = response.headers();
+    let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
+    let has_body = !matches!(
+        response.status(),
+        StatusCode::NO_CONTENT | StatusCode::PARTIAL_CONTENT | StatusCode::NOT_MODIFIED
+    );
+    let is_forbidden = text(header::CACHE_CONTROL)
+        .is_some_and(|rules| rules.split(',').any(|rule| rule.trim().eq_ignore_ascii_case("no-transform")));
+    let announced = text(header::CONTENT_LENGTH).and_then(|length| length.parse().ok());
+    let is_long = announced.or(response.body().length()).is_none_or(|length| length >= LEAST);
+    has_body
+        && is_long
+        && !is_forbidden
+        && !headers.contains_key(header::CONTENT_ENCODING)
+        && !headers.contains_key(header::CONTENT_RANGE)
+        && text(header::CONTENT_TYPE).is_some_and(is_compressible)
+}
+
+/// Whether a media type is text. Images and archives are compressed already,
+/// and who reads an event stream wants each event at once, through proxies
+/// that know nothing of compression.
+fn is_compressible(media_type: &str) -> bool {
+    let essence = media_type.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
+    match essence.as_str() {
+        "text/event-stream" => false,
+        "application/javascript"
+        | "application/json"
+        | "application/xml"
+        | "application/wasm"
+        | "image/svg+xml"
+        | "application/x-ndjson" => true,
+        essence => essence.starts_with("text/") || essence.ends_with("+json") || essence.ends_with("+xml"),
+    }
+}
+
+/// A body that is compressed as it comes.
+pub struct Compressed {
+    body: Kind,
+    /// What has come and is not yet compressed.
+    rest: Bytes,
+    encoder: Option<Encoder>,
+    is_live: bool,
+}
+
+enum Encoder {
+    Gzip(GzEncoder<Vec<u8>>),
+    Brotli(Box<brotli::CompressorWriter<Vec<u8>>>),
+}
+
+impl Encoder {
+    fn new(coding: &str) -> Option<Encoder> {
+        Some(match coding {
+            "br" => Encoder::Brotli(Box::new(brotli::CompressorWriter::new(
+                Vec::new(),
+                4096,
+                BROTLI_LEVEL,
+                BROTLI_WINDOW,
+            ))),
+            _ => Encoder::Gzip(GzEncoder::new(Vec::new(), flate2::Compression::new(GZIP_LEVEL))),
+        })
+    }
+
+    /// Compresses `bytes`, and with `flush` gives out all of them.
+    fn push(&mut self, bytes: &[u8], flush: bool) -> std::io::Result<Vec<u8>> {
+        match self {
+            Encoder::Gzip(encoder) => {
+                encoder.write_all(bytes)?;
+                if flush {
+                    encoder.flush()?;
+                }
+                Ok(std::mem::take(encoder.get_mut()))
+            }
+            Encoder::Brotli(encoder) => {
+                encoder.write_all(bytes)?;
+                if flush {
+                    encoder.flush()?;
+                }
+                Ok(std::mem::take(encoder.get_mut()))
+            }
+        }
+    }
+
+    fn finish(self) -> std::io::Result<Vec<u8>> {
+        match self {
+            Encoder::Gzip(encoder) => encoder.finish(),
+            Encoder::Brotli(encoder) => Ok(encoder.into_inner()),
+        }
+    }
+}
+
+impl Compressed {
+    /// The next piece.
+    pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        const BROKEN: Failure = Failure::BadResponse("the body could not be compressed");
+        loop {
+            let Some(encoder) = &mut self.encoder else { return Poll::Ready(None) };
+            if self.rest.is_empty() {
+                match self.body.poll_piece(context) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Some(Err(failure))) => return Poll::Ready(Some(Err(failure))),
+                    Poll::Ready(Some(Ok(frame))) => {
+                        self.rest = frame.into_data().unwrap_or_default();
+                        continue;
+                    }
+                    Poll::Ready(None) => {
+                        let last = self.encoder.take().map(Encoder::finish);
+                        return Poll::Ready(match last {
+                            Some(Ok(last)) if last.is_empty() => None,
+                            Some(Ok(last)) => Some(Ok(Frame::data(last.into()))),
+                            _ => Some(Err(BROKEN)),
+                        });
+                    }
+                }
+            }
+            let step = self.rest.split_to(self.rest.len().min(STEP));
+            // A piece that the app has sent goes out before it is asked for
+            // the next, as PEP 3333 wants.
+            let flush = self.is_live && self.rest.is_empty();
+            match encoder.push(&step, flush) {
+                Ok(piece) if piece.is_empty() => {}
+                Ok(piece) => return Poll::Ready(Some(Ok(Frame::data(piece.into())))),
+                Err(_) => return Poll::Ready(Some(Err(BROKEN))),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn weights_decide_and_zero_forbids() {
+        let of = |text: &'static str| {
+            let mut headers = HeaderMap::new();
+            headers.insert(header::ACCEPT_ENCODING, HeaderValue::from_static(text));
+            Accepted::by(&headers).in_order().map(|(coding, _)| coding).collect::<Vec<_>>()
+        };
+        assert_eq!(of("gzip, deflate, br"), ["br", "gzip"]);
+        assert_eq!(of("gzip;q=1.0, br;q=0.5"), ["gzip", "br"]);
+        assert_eq!(of("GZIP"), ["gzip"]);
+        assert_eq!(of("br;q=0, *"), ["gzip"]);
+        assert_eq!(of("gzip;q=x, br; q=nan"), [""; 0]);
+        assert_eq!(of("identity"), [""; 0]);
+        assert_eq!(Accepted::by(&HeaderMap::new()).in_order().count(), 0);
+    }
+
+    #[test]
+    fn only_text_is_compressed() {
+        for yes in
+            ["text/html; charset=utf-8", "application/json", "application/problem+json", "image/svg+xml"]
+        {
+            assert!(is_compressible(yes), "{yes}");
+        }
+        for no in ["text/event-stream", "image/png", "application/octet-stream", "application/zip", ""] {
+            assert!(!is_compressible(no), "{no}");
+        }
+    }
+}

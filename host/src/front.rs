@@ -1,0 +1,350 @@
+//! What happens to a request around the app: checks, proxies' headers, static
+//! files, compression, and the access log.
+//!
+//! [`answer`] is called by hyper for each request and hands those for the app
+//! to [`crate::handler`].
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant, SystemTime};
+
+use bytes::Bytes;
+use http::header::{self, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{HeaderMap, Method, Request, Response, Uri, Version};
+use http_body::{Body as _, Frame, SizeHint};
+use hyper::body::Incoming;
+
+use crate::access_log::{AccessLog, Line};
+use crate::compress::{self, Compressed};
+use crate::connection::{Active, Link, Server};
+use crate::failure::Failure;
+use crate::forwarded::Proxies;
+use crate::handler::{self, Answer, ResponseBody};
+use crate::request_id::RequestId;
+use crate::stall::Stall;
+use crate::static_files::{self, FileBody, Mount};
+use crate::tenants::{Tenant, Tenants};
+use crate::wire;
+
+const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+/// Largest piece of a body that is handed to HTTP/2 at a time, so that it is
+/// seen whether the client takes the pieces.
+const PIECE: usize = 64 << 10;
+
+/// What answers requests.
+pub struct Front {
+    /// The apps.
+    pub tenants: Arc<Tenants>,
+    /// Who may say who the client is.
+    pub proxies: Proxies,
+    /// Directories that the host serves itself.
+    pub mounts: Vec<Mount>,
+    /// Whether responses are compressed.
+    pub compress: bool,
+    /// Where requests are logged.
+    pub access_log: Option<Arc<AccessLog>>,
+}
+
+impl Front {
+    /// Whether this peer may say who the client is.
+    pub fn trusts(&self, peer: Option<SocketAddr>) -> bool {
+        self.proxies.trusts(peer.map(|peer| peer.ip()))
+    }
+}
+
+/// Answers `request`. Never fails: a failure becomes a response here.
+///
+/// # Errors
+///
+/// None; the type is what hyper asks for.
+pub async fn answer(
+    server: Arc<Server>,
+    link: Arc<Link>,
+    request: Request<Incoming>,
+) -> Result<Response<Body>, Infallible> {
+    let front = &server.front;
+    let (number, active) = link.begin();
+    let (mut parts, incoming) = request.into_parts();
+    let id = request_id(&link, &parts);
+    let refused = link.refusal(number);
+    let mut record = front.access_log.as_ref().map(|log| {
+        let has_head = refused.is_none();
+        Box::new(Record::new(Arc::clone(log), &parts, has_head, link.connection.peer, id))
+    });
+    let outcome = match refused {
+        Some(failure) => Err(failure),
+        None => respond(&server, &link, id, &mut parts, incoming, record.as_deref_mut()).await,
+    };
+    let mut response = outcome.unwrap_or_else(|failure| {
+        tracing::info!(request = %id, peer = ?link.connection.peer, "{failure}");
+        handler::refusal(failure, id).map(Kind::App)
+    });
+    if front.compress {
+        response = compress::apply(&parts.method, &parts.headers, response);
+    }
+    if link.is_h2 {
+        // It has no such header (RFC 9113 section 8.2.2).
+        response.headers_mut().remove(header::CONNECTION);
+    } else if number >= server.limits.requests {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    if let Some(record) = &mut record {
+        record.status = response.status().as_u16();
+        record.wants_no_body = parts.method == Method::HEAD || matches!(record.status, 204 | 304);
+    }
+    let stall = link.is_h2.then(Stall::current).flatten();
+    Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), record, _active: active }))
+}
+
+/// The steps around the app.
+async fn respond(
+    server: &Server,
+    link: &Link,
+    id: RequestId,
+    parts: &mut Parts,
+    incoming: Incoming,
+    record: Option<&mut Record>,
+) -> Result<Response<Kind>, Failure> {
+    let front = &server.front;
+    wire::check_request(parts, &server.limits.head)?;
+    let connection = front.proxies.apply(link.is_trusted, parts, &link.connection)?;
+    if let Some(mount) = front.mounts.iter().find(|mount| mount.holds(parts.uri.path())) {
+        let response = static_files::respond(mount, parts).await;
+        if let Some(record) = record {
+            record.client = connection.peer;
+        }
+        return Ok(match response {
+            Ok(response) => response.map(Kind::File),
+            Err(status) => {
+                let failure = Failure::Refused(status, "there is no such file");
+                let mut response = handler::refusal(failure, id);
+                // The request itself was fine.
+                response.headers_mut().remove(header::CONNECTION);
+                if status == http::StatusCode::METHOD_NOT_ALLOWED {
+                    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+                }
+                response.map(Kind::App)
+            }
+        });
+    }
+    let Answer { response, queued, leased, tenant } =
+        handler::handle(&front.tenants, &connection, id, parts, incoming).await;
+    if let Some(record) = record {
+        record.client = connection.peer;
+        record.tenant = tenant;
+        record.queued = queued;
+        record.leased = leased;
+        if matches!(response.body(), ResponseBody::Complete(_)) {
+            record.guest = leased.map(|leased| leased.elapsed());
+        }
+    }
+    Ok(response.map(Kind::App))
+}
+
+/// The id that a trusted proxy has given, or a new one.
+fn request_id(link: &Link, parts: &Parts) -> RequestId {
+    let given = || RequestId::given(parts.headers.get(X_REQUEST_ID)?.as_bytes());
+    link.is_trusted.then(given).flatten().unwrap_or_else(RequestId::next)
+}
+
+/// What a body consists of.
+pub enum Kind {
+    /// From the app, or one of our own refusals.
+    App(ResponseBody),
+    /// A file.
+    File(FileBody),
+    /// Either of them, compressed.
+    Compressed(Box<Compressed>),
+}
+
+impl Kind {
+    /// The next piece.
+    pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        match self {
+            Kind::App(body) => Pin::new(body).poll_frame(context),
+            Kind::File(body) => body.poll_piece(context),
+            Kind::Compressed(body) => body.poll_piece(context),
+        }
+    }
+
+    fn is_end(&self) -> bool {
+        match self {
+            Kind::App(body) => body.is_end_stream(),
+            Kind::File(body) => body.is_end(),
+            Kind::Compressed(_) => false,
+        }
+    }
+
+    /// How many bytes it has, if that is known.
+    pub fn length(&self) -> Option<u64> {
+        match self {
+            Kind::App(body) => body.size_hint().exact(),
+            Kind::File(body) => Some(body.length()),
+            Kind::Compressed(_) => None,
+        }
+    }
+
+    /// Whether each piece is to go out as it comes.
+    pub fn is_live(&self) -> bool {
+        matches!(self, Kind::App(ResponseBody::Streaming(_)))
+    }
+}
+
+/// The body of a response, on its way to the client.
+pub struct Body {
+    kind: Kind,
+    /// Tells the stream's task that the client has something to take.
+    stall: Option<Stall>,
+    /// What is left of a piece that was too large (HTTP/2 only).
+    rest: Bytes,
+    record: Option<Box<Record>>,
+    _active: Active,
+}
+
+impl Body {
+    fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Failure>>> {
+        if self.rest.is_empty() {
+            match ready!(self.kind.poll_piece(context)) {
+                None => return Poll::Ready(None),
+                Some(Err(failure)) => return Poll::Ready(Some(Err(failure))),
+                Some(Ok(frame)) => self.rest = frame.into_data().unwrap_or_default(),
+            }
+        }
+        let most = if self.stall.is_some() { PIECE } else { usize::MAX };
+        Poll::Ready(Some(Ok(self.rest.split_to(self.rest.len().min(most)))))
+    }
+}
+
+impl http_body::Body for Body {
+    type Data = Bytes;
+    type Error = Failure;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        let body = self.get_mut();
+        if let Some(stall) = &body.stall {
+            stall.taken();
+        }
+        let piece = ready!(body.poll_piece(context));
+        if let (Some(stall), Some(Ok(_))) = (&body.stall, &piece) {
+            stall.given();
+        }
+        if let Some(record) = &mut body.record {
+            match &piece {
+                Some(Ok(piece)) => record.bytes += piece.len() as u64,
+                Some(Err(_)) => {}
+                None => record.has_ended = true,
+            }
+        }
+        if let (Some(record), true) = (&mut body.record, body.rest.is_empty() && body.kind.is_end()) {
+            // hyper does not ask again.
+            record.has_ended |= matches!(piece, Some(Ok(_)));
+        }
+        Poll::Ready(piece.map(|piece| piece.map(Frame::data)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.rest.is_empty() && self.kind.is_end()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self.kind.length() {
+            Some(length) => SizeHint::with_exact(length + self.rest.len() as u64),
+            None => SizeHint::default(),
+        }
+    }
+}
+
+/// What the access log will say of a request, written when the response's
+/// body is dropped.
+struct Record {
+    log: Arc<AccessLog>,
+    id: RequestId,
+    time: SystemTime,
+    start: Instant,
+    client: Option<SocketAddr>,
+    /// Method, target and version; none if they were not valid.
+    head: Option<(Method, Uri, Version)>,
+    host: Option<HeaderValue>,
+    referer: Option<HeaderValue>,
+    user_agent: Option<HeaderValue>,
+    tenant: Option<Arc<Tenant>>,
+    queued: Duration,
+    leased: Option<Instant>,
+    guest: Option<Duration>,
+    status: u16,
+    bytes: u64,
+    wants_no_body: bool,
+    has_ended: bool,
+}
+
+impl Record {
+    fn new(
+        log: Arc<AccessLog>,
+        parts: &Parts,
+        has_head: bool,
+        client: Option<SocketAddr>,
+        id: RequestId,
+    ) -> Record {
+        let value = |headers: &HeaderMap, name| headers.get(name).cloned();
+        Record {
+            log,
+            id,
+            time: SystemTime::now(),
+            start: Instant::now(),
+            client,
+            head: has_head.then(|| (parts.method.clone(), parts.uri.clone(), parts.version)),
+            host: value(&parts.headers, header::HOST),
+            referer: value(&parts.headers, header::REFERER),
+            user_agent: value(&parts.headers, header::USER_AGENT),
+            tenant: None,
+            queued: Duration::ZERO,
+            leased: None,
+            guest: None,
+            status: 0,
+            bytes: 0,
+            wants_no_body: false,
+            has_ended: false,
+        }
+    }
+}
+
+impl Drop for Record {
+    fn drop(&mut self) {
+        let target = self.head.as_ref().and_then(|(_, uri, _)| uri.path_and_query());
+        let authority = self.head.as_ref().and_then(|(_, uri, _)| uri.authority());
+        let still_working = || self.leased.map(|leased| leased.elapsed()).unwrap_or_default();
+        self.log.write(&Line {
+            time: self.time,
+            client: self.client.map(|client| client.ip().to_canonical()),
+            method: self.head.as_ref().map(|(method, _, _)| method.as_str()),
+            target: target.map_or("*", |target| target.as_str()),
+            protocol: match self.head {
+                Some((_, _, Version::HTTP_10)) => "HTTP/1.0",
+                Some((_, _, Version::HTTP_2)) => "HTTP/2.0",
+                _ => "HTTP/1.1",
+            },
+            host: authority
+                .map(|authority| authority.as_str().as_bytes())
+                .or(self.host.as_ref().map(HeaderValue::as_bytes)),
+            referer: self.referer.as_ref().map(HeaderValue::as_bytes),
+            user_agent: self.user_agent.as_ref().map(HeaderValue::as_bytes),
+            // The client left before there was a response.
+            status: if self.status == 0 { 499 } else { self.status },
+            bytes: self.bytes,
+            is_whole: self.status != 0 && (self.has_ended || self.wants_no_body),
+            app: self.tenant.as_ref().map_or("", |tenant| tenant.config.name.as_str()),
+            request: &self.id,
+            total: self.start.elapsed(),
+            queued: self.queued,
+            guest: self.guest.unwrap_or_else(still_working),
+        });
+    }
+}

@@ -1,0 +1,420 @@
+//! Files that the host serves itself, without the app.
+//!
+//! Files are opened relative to the directory's own handle by cap-std, which
+//! follows no link out of it, whoever may write there.
+
+use std::ffi::OsStr;
+use std::io::{self, Read as _, Seek as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use bytes::{Bytes, BytesMut};
+use cap_std::ambient_authority;
+use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt as _};
+use http::header::{self, HeaderName, HeaderValue};
+use http::request::Parts;
+use http::{HeaderMap, Method, Response, StatusCode};
+use http_body::Frame;
+use tokio::io::{AsyncRead as _, ReadBuf};
+
+use crate::compress::Accepted;
+use crate::error::UserError;
+use crate::failure::Failure;
+
+/// Bytes read at a time. A file of up to this size is read when it is opened.
+const PIECE: usize = 64 << 10;
+/// `O_NONBLOCK`: to open a pipe must not wait for its writer.
+const NONBLOCK: i32 = 0o4000;
+
+/// A directory under a path.
+pub struct Mount {
+    /// Begins with a slash and ends without one.
+    prefix: String,
+    directory: Arc<Dir>,
+}
+
+impl Mount {
+    /// Reads `/URL=DIR`.
+    ///
+    /// # Errors
+    ///
+    /// A [`UserError`] if it is not of that form, or the directory can not be
+    /// opened.
+    pub fn parse(text: &str) -> Result<Mount, UserError> {
+        let refuse = |reason: &dyn std::fmt::Display| {
+            UserError::new(format!("can not serve static files by `{text}`: {reason}"))
+                .remedy("write the URL path and the directory, as in `--static /static=public`")
+        };
+        let (prefix, path) = text.split_once('=').ok_or_else(|| refuse(&"there is no `=`"))?;
+        if !prefix.starts_with('/') || prefix.contains("//") {
+            return Err(refuse(&"the URL path does not begin with one `/`"));
+        }
+        let directory = Dir::open_ambient_dir(path, ambient_authority()).map_err(|error| refuse(&error))?;
+        Ok(Mount { prefix: prefix.trim_end_matches('/').into(), directory: Arc::new(directory) })
+    }
+
+    /// Whether a request's path lies under this one.
+    pub fn holds(&self, path: &str) -> bool {
+        path.strip_prefix(&*self.prefix).is_some_and(|rest| rest.starts_with('/'))
+    }
+}
+
+/// A file that was opened, and the representation of it that was chosen.
+struct Opened {
+    file: std::fs::File,
+    size: u64,
+    modified: SystemTime,
+    /// `Content-Encoding`.
+    encoding: Option<&'static str>,
+}
+
+/// Answers a request for a file.
+///
+/// # Errors
+///
+/// The status to refuse it with.
+pub async fn respond(mount: &Mount, parts: &Parts) -> Result<Response<FileBody>, StatusCode> {
+    if parts.method != Method::GET && parts.method != Method::HEAD {
+        return Err(StatusCode::METHOD_NOT_ALLOWED);
+    }
+    let path = file_path(&parts.uri.path()[mount.prefix.len() + 1..]).ok_or(StatusCode::NOT_FOUND)?;
+    let accepted = Accepted::by(&parts.headers);
+    let directory = Arc::clone(&mount.directory);
+    let (headers, is_head) = (parts.headers.clone(), parts.method == Method::HEAD);
+    // Opening a file may wait for a disk.
+    let response = tokio::task::spawn_blocking(move || {
+        let opened = open(&directory, &path, accepted)?;
+        represent(opened, &path, &headers, is_head)
+    });
+    match response.await {
+        Ok(Ok(response)) => Ok(response),
+        Ok(Err(error)) => {
+            let is_absent = matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename
+            );
+            if !is_absent {
+                tracing::warn!(path = parts.uri.path(), "can not serve a static file: {error}");
+            }
+            // Nor does a client learn what exists and is not for it.
+            Err(StatusCode::NOT_FOUND)
+        }
+        Err(_) => Err(StatusCode::INTERNAL_SERVER_ERROR),
+    }
+}
+
+/// The file that the rest of a URL's path names: no hidden file, no way up,
+/// and one name only for each file.
+fn file_path(rest: &str) -> Option<PathBuf> {
+    let decoded = decode(rest.as_bytes())?;
+    let mut path = PathBuf::new();
+    for name in decoded.split(|byte| *byte == b'/') {
+        if name.is_empty() || name.starts_with(b".") || name.contains(&0) {
+            return None;
+        }
+        path.push(OsStr::from_bytes(name));
+    }
+    Some(path)
+}
+
+/// Decodes `%XX`. A slash that is encoded is none of ours, so it is refused.
+fn decode(text: &[u8]) -> Option<Vec<u8>> {
+    let mut decoded = Vec::with_capacity(text.len());
+    let mut rest = text;
+    while let [first, tail @ ..] = rest {
+        rest = tail;
+        if *first != b'%' {
+            decoded.push(*first);
+            continue;
+        }
+        let [high, low, after @ ..] = tail else { return None };
+        let digit = |byte: u8| char::from(byte).to_digit(16);
+        let byte = u8::try_from(digit(*high)? << 4 | digit(*low)?).ok().filter(|byte| *byte != b'/')?;
+        decoded.push(byte);
+        rest = after;
+    }
+    Some(decoded)
+}
+
+/// Opens the file, or a sibling with its compressed content.
+fn open(directory: &Dir, path: &Path, accepted: Accepted) -> io::Result<Opened> {
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(NONBLOCK);
+    let open = |path: &Path, encoding| -> io::Result<Opened> {
+        let file = directory.open_with(path, &options)?.into_std();
+        let metadata = file.metadata()?;
+        if !metadata.is_file() {
+            return Err(io::ErrorKind::NotFound.into());
+        }
+        let modified = metadata.modified().unwrap_or(UNIX_EPOCH);
+        Ok(Opened { file, size: metadata.len(), modified, encoding })
+    };
+    let plain = open(path, None)?;
+    for (encoding, suffix) in accepted.in_order() {
+        let mut name = path.as_os_str().to_owned();
+        name.push(suffix);
+        // One that is older than its source was made of another.
+        if let Ok(found) = open(Path::new(&name), Some(encoding))
+            && found.modified >= plain.modified
+        {
+            return Ok(found);
+        }
+    }
+    Ok(plain)
+}
+
+/// Makes the response, after the conditions of the request in the order of
+/// RFC 9110 section 13.2.2.
+fn represent(
+    opened: Opened,
+    path: &Path,
+    headers: &HeaderMap,
+    is_head: bool,
+) -> io::Result<Response<FileBody>> {
+    let since = opened.modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let tag = format!("\"{:x}-{:x}{}\"", opened.size, since.as_nanos(), opened.encoding.unwrap_or_default());
+    // Dates of HTTP have no fractions.
+    let modified = UNIX_EPOCH + Duration::from_secs(since.as_secs());
+
+    let mut response = Response::new(FileBody::Whole(Bytes::new()));
+    let fields = response.headers_mut();
+    insert(fields, header::ETAG, &tag);
+    insert(fields, header::LAST_MODIFIED, &httpdate::fmt_http_date(modified));
+    fields.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
+    fields.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
+
+    let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let date = |name| text(name).and_then(|value| httpdate::parse_http_date(value).ok());
+    let failed = match text(header::IF_MATCH) {
+        Some(tags) => !names(tags, &tag, true),
+        None => date(header::IF_UNMODIFIED_SINCE).is_some_and(|date| modified > date),
+    };
+    if failed {
+        *response.status_mut() = StatusCode::PRECONDITION_FAILED;
+        return Ok(response);
+    }
+    let is_known = match text(header::IF_NONE_MATCH) {
+        Some(tags) => names(tags, &tag, false),
+        None => date(header::IF_MODIFIED_SINCE).is_some_and(|date| modified <= date),
+    };
+    if is_known {
+        *response.status_mut() = StatusCode::NOT_MODIFIED;
+        return Ok(response);
+    }
+
+    let is_fresh = text(header::IF_RANGE).is_none_or(|condition| {
+        condition == tag || httpdate::parse_http_date(condition).is_ok_and(|date| date == modified)
+    });
+    let range = text(header::RANGE).filter(|_| is_fresh && !is_head);
+    let (start, length) = match range.map_or(Wanted::Whole, |range| wanted(range, opened.size)) {
+        Wanted::Whole => (0, opened.size),
+        Wanted::Part(start, end) => {
+            *response.status_mut() = StatusCode::PARTIAL_CONTENT;
+            let range = format!("bytes {start}-{end}/{}", opened.size);
+            insert(response.headers_mut(), header::CONTENT_RANGE, &range);
+            (start, end - start + 1)
+        }
+        Wanted::Nothing => {
+            *response.status_mut() = StatusCode::RANGE_NOT_SATISFIABLE;
+            let range = format!("bytes */{}", opened.size);
+            insert(response.headers_mut(), header::CONTENT_RANGE, &range);
+            return Ok(response);
+        }
+    };
+
+    let fields = response.headers_mut();
+    insert(fields, header::CONTENT_TYPE, &content_type(path));
+    fields.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
+    fields.insert(header::CONTENT_LENGTH, HeaderValue::from(length));
+    if let Some(encoding) = opened.encoding {
+        fields.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding));
+    }
+    if !is_head {
+        *response.body_mut() = FileBody::of(opened.file, start, length)?;
+    }
+    Ok(response)
+}
+
+fn insert(headers: &mut HeaderMap, name: HeaderName, value: &str) {
+    // What we make has no character that a header can not have.
+    if let Ok(value) = HeaderValue::from_str(value) {
+        headers.insert(name, value);
+    }
+}
+
+/// Whether a list of entity tags, or `*`, names `tag`. The strong comparison
+/// takes no weak tag (RFC 9110 section 8.8.3.2).
+fn names(list: &str, tag: &str, is_strong: bool) -> bool {
+    list.split(',').map(str::trim).any(|listed| {
+        let is_weak = listed.starts_with("W/");
+        listed == "*" || (listed.trim_start_matches("W/") == tag && !(is_weak && is_strong))
+    })
+}
+
+#[derive(Debug, PartialEq, Eq)]
+enum Wanted {
+    Whole,
+    /// First and last byte.
+    Part(u64, u64),
+    Nothing,
+}
+
+/// RFC 9110 section 14.2. Several ranges at once are not worth the parts they
+/// are sent in: the whole file is a valid answer too.
+fn wanted(range: &str, size: u64) -> Wanted {
+    let Some((first, last)) = range.strip_prefix("bytes=").and_then(|range| range.trim().split_once('-'))
+    else {
+        return Wanted::Whole;
+    };
+    let number = |text: &str| {
+        let is_number = !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit());
+        is_number.then(|| text.parse().unwrap_or(u64::MAX))
+    };
+    match (number(first), number(last)) {
+        (None, Some(0)) if first.is_empty() => Wanted::Nothing,
+        (None, Some(count)) if first.is_empty() && size > 0 => Wanted::Part(size - count.min(size), size - 1),
+        (None, Some(_)) if first.is_empty() => Wanted::Nothing,
+        (Some(first), Some(last)) if first > last => Wanted::Whole,
+        (Some(first), _) if first >= size && (last.is_empty() || number(last).is_some()) => Wanted::Nothing,
+        (Some(first), Some(last)) => Wanted::Part(first, last.min(size - 1)),
+        (Some(first), None) if last.is_empty() => Wanted::Part(first, size - 1),
+        _ => Wanted::Whole,
+    }
+}
+
+fn content_type(path: &Path) -> String {
+    let guessed = mime_guess::from_path(path).first_raw().unwrap_or("application/octet-stream");
+    let is_text = guessed.starts_with("text/")
+        || matches!(
+            guessed,
+            "application/javascript" | "application/json" | "application/xml" | "image/svg+xml"
+        );
+    if is_text { format!("{guessed}; charset=utf-8") } else { guessed.to_owned() }
+}
+
+/// The bytes of a file, or of a part of it.
+pub enum FileBody {
+    /// All of them, until they are taken.
+    Whole(Bytes),
+    /// What is still to be read.
+    Rest(tokio::fs::File, u64),
+}
+
+impl FileBody {
+    fn of(mut file: std::fs::File, start: u64, length: u64) -> io::Result<FileBody> {
+        if start > 0 {
+            file.seek(io::SeekFrom::Start(start))?;
+        }
+        if length > PIECE as u64 {
+            let mut file = tokio::fs::File::from_std(file);
+            file.set_max_buf_size(PIECE);
+            return Ok(FileBody::Rest(file, length));
+        }
+        let mut whole = vec![0; usize::try_from(length).unwrap_or_default()];
+        file.read_exact(&mut whole)?;
+        Ok(FileBody::Whole(whole.into()))
+    }
+
+    /// Bytes still to come.
+    pub fn length(&self) -> u64 {
+        match self {
+            FileBody::Whole(bytes) => bytes.len() as u64,
+            FileBody::Rest(_, length) => *length,
+        }
+    }
+
+    /// Whether there is nothing to come.
+    pub fn is_end(&self) -> bool {
+        self.length() == 0
+    }
+
+    /// The next piece.
+    pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        let (file, left) = match self {
+            FileBody::Whole(bytes) => {
+                let bytes = std::mem::take(bytes);
+                return Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))));
+            }
+            FileBody::Rest(_, 0) => return Poll::Ready(None),
+            FileBody::Rest(file, left) => (file, left),
+        };
+        let mut piece = BytesMut::zeroed(PIECE.min(usize::try_from(*left).unwrap_or(PIECE)));
+        let mut buffer = ReadBuf::new(&mut piece);
+        let read = ready!(Pin::new(file).poll_read(context, &mut buffer)).map(|()| buffer.filled().len());
+        match read {
+            Ok(read @ 1..) => {
+                piece.truncate(read);
+                *left -= read as u64;
+                Poll::Ready(Some(Ok(Frame::data(piece.freeze()))))
+            }
+            // It has become shorter: the client must not take it for whole.
+            _ => Poll::Ready(Some(Err(Failure::BadResponse("a static file ended early")))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_lead_only_down_and_to_nothing_hidden() {
+        assert_eq!(file_path("css/a%20b.css").unwrap(), Path::new("css/a b.css"));
+        for bad in [
+            "",
+            "/etc/passwd",
+            "..",
+            "../x",
+            "a/../b",
+            "a/./b",
+            ".env",
+            "a/.git/config",
+            "%2e%2e/x",
+            "a//b",
+            "a/",
+            "a%2fb",
+            "a%00",
+            "a%",
+            "a%4",
+            "a%zz",
+        ] {
+            assert_eq!(file_path(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn ranges_follow_rfc_9110() {
+        for (range, wanted_range) in [
+            ("bytes=0-0", Wanted::Part(0, 0)),
+            ("bytes=2-", Wanted::Part(2, 9)),
+            ("bytes=-3", Wanted::Part(7, 9)),
+            ("bytes=-99", Wanted::Part(0, 9)),
+            ("bytes=5-99", Wanted::Part(5, 9)),
+            ("bytes=5-99999999999999999999999", Wanted::Part(5, 9)),
+            ("bytes=10-", Wanted::Nothing),
+            ("bytes=10-12", Wanted::Nothing),
+            ("bytes=-0", Wanted::Nothing),
+            ("bytes=3-2", Wanted::Whole),
+            ("bytes=0-1,3-4", Wanted::Whole),
+            ("bytes=a-b", Wanted::Whole),
+            ("bytes=-", Wanted::Whole),
+            ("bytes=+1-2", Wanted::Whole),
+            ("lines=0-1", Wanted::Whole),
+        ] {
+            assert_eq!(wanted(range, 10), wanted_range, "{range}");
+        }
+        assert_eq!(wanted("bytes=0-", 0), Wanted::Nothing);
+        assert_eq!(wanted("bytes=-1", 0), Wanted::Nothing);
+    }
+
+    #[test]
+    fn entity_tags_are_compared_as_their_kind_wants() {
+        assert!(names("\"x\", W/\"y\"", "\"y\"", false));
+        assert!(!names("\"x\", W/\"y\"", "\"y\"", true));
+        assert!(names("*", "\"y\"", true));
+    }
+}
