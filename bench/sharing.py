@@ -49,27 +49,39 @@ def first_load(cache, app, way):
     return seconds
 
 
+def processor_time(server):
+    """Seconds of all cores that the server has used."""
+    with open(f"/proc/{server.pid}/stat") as stat:
+        fields = stat.read().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 def requests(app, way, isolation, seconds):
-    """Requests per second of one client."""
+    """Requests per second of one client, and processor time of a request."""
     server, address, _ = serve(app, way, "--isolation", isolation)
     command = ["wrk", "-t1", "-c1", f"-d{seconds}s", address + "/hello"]
     subprocess.run([*command[:3], "-d1s", command[4]], capture_output=True, check=True)
+    before = processor_time(server)
     output = subprocess.run(command, capture_output=True, check=True, text=True).stdout
+    used = processor_time(server) - before
     stop(server)
     assert "Non-2xx" not in output, output
-    return float(re.search(r"Requests/sec:\s+([\d.]+)", output)[1])
+    rate = float(re.search(r"Requests/sec:\s+([\d.]+)", output)[1])
+    return rate, used / int(re.search(r"(\d+) requests in", output)[1])
 
 
 def many(apps, way):
     """Time and memory of many apps in one process."""
-    tests = [
-        path
-        for path in glob.glob(os.path.join(ROOT, "target/release/deps/wsgi_wasm-*"))
-        if os.access(path, os.X_OK) and not path.endswith((".so", ".d"))
-    ]
-    test = max(tests, key=os.path.getmtime)
+    name = "time_and_memory_of_many_apps"
+    for test in glob.glob(os.path.join(ROOT, "target/release/deps/wsgi_wasm-*")):
+        if os.access(test, os.X_OK) and not test.endswith((".so", ".d")):
+            listed = subprocess.run([test, "--list", "--ignored"], capture_output=True, text=True)
+            if name in listed.stdout:
+                break
+    else:
+        raise SystemExit("run `cargo test --release --no-run` first")
     environment = {**os.environ, "MEASURE_CODE": way, "MEASURE_APPS": ":".join(apps)}
-    command = [test, "--ignored", "--nocapture", "time_and_memory_of_many_apps"]
+    command = [test, "--ignored", "--nocapture", name]
     output = subprocess.run(command, env=environment, capture_output=True, check=True, text=True)
     return {key: int(value) for key, value in re.findall(r"(\w+)=(\d+)", output.stdout)}
 
@@ -83,6 +95,14 @@ def main():
     parser.add_argument("--seconds", type=int, default=2)
     args = parser.parse_args()
     figures = {}
+
+    def show():
+        for name, ways in figures.items():
+            medians = (f"{statistics.median(ways[way]):12.1f}" for way in WAYS)
+            print(f"{name:44}" + "".join(medians), flush=True)
+        figures.clear()
+
+    print(f"{'':44}" + "".join(f"{way:>12}" for way in WAYS))
 
     def note(name, way, value):
         figures.setdefault(name, {}).setdefault(way, []).append(value)
@@ -100,14 +120,17 @@ def main():
                 name = "further app, bytes to ready (ms)"
                 if way != "whole" or len(figures.get(name, {}).get(way, ())) < 2:
                     note(name, way, first_load(cache, args.second, way) * 1000)
+        show()
         for _ in range(args.rounds):
             for way in WAYS:
                 server, _, seconds = serve(args.app, way)
                 stop(server)
                 note("warm start (ms)", way, seconds * 1000)
                 for isolation in ("request", "tenant"):
-                    rate = requests(args.app, way, isolation, args.seconds)
+                    rate, used = requests(args.app, way, isolation, args.seconds)
                     note(f"hello, isolation {isolation} (requests/s)", way, rate)
+                    note(f"hello, isolation {isolation} (us of processor)", way, used * 1e6)
+        show()
         copies = []
         with open(args.app, "rb") as file:
             content = file.read()
@@ -129,10 +152,7 @@ def main():
                         value /= count
                         key += " per app"
                     note(key, way, value)
-
-    print(f"{'':44}" + "".join(f"{way:>12}" for way in WAYS))
-    for name, ways in figures.items():
-        print(f"{name:44}" + "".join(f"{statistics.median(ways[way]):12.1f}" for way in WAYS))
+        show()
 
 
 if __name__ == "__main__":
