@@ -362,3 +362,76 @@ impl Hasher for StableHasher {
         digest.iter().take(8).fold(0, |value, byte| value << 8 | u64::from(*byte))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use clap::ValueEnum as _;
+
+    use super::*;
+    use crate::files::Files;
+    use crate::instance::{Grants, Instance, Program, Streams};
+
+    /// See `bench/sharing.py`, which fills the cache and runs this.
+    #[test]
+    #[ignore = "a measurement, run by bench/sharing.py"]
+    #[expect(clippy::print_stdout, reason = "the figures are for the script")]
+    fn time_and_memory_of_many_apps() {
+        let variable = |name: &str| std::env::var(name).unwrap();
+        let sharing = Sharing::from_str(&variable("MEASURE_CODE"), false).unwrap();
+        let apps = variable("MEASURE_APPS");
+        let apps = apps.split(':').collect::<Vec<_>>();
+        let engine = engine::runner(u32::try_from(apps.len()).unwrap() + 1).unwrap();
+        let loader = Loader::new(&engine, &Cache::open().unwrap());
+        let resident = || {
+            let status = std::fs::read_to_string("/proc/self/status").unwrap();
+            let field = |name: &str| {
+                let line = status.lines().find_map(|line| line.strip_prefix(name)).unwrap();
+                line.split_whitespace().next().unwrap().parse::<u64>().unwrap()
+            };
+            (field("VmRSS:"), field("RssAnon:"))
+        };
+        let before = resident();
+        let mut programs = Vec::new();
+        let mut load = Vec::new();
+        for app in &apps {
+            let artifact = Artifact::open(Path::new(app)).unwrap();
+            let start = Instant::now();
+            let code = loader.load(&artifact, Some(sharing), &|_| panic!("not in the cache")).unwrap();
+            programs.push(Program::link(&engine, &code).unwrap());
+            load.push(start.elapsed());
+        }
+        let loaded = resident();
+        let grants = Grants {
+            name: "app".into(),
+            memory: 128 << 20,
+            environment: Vec::new(),
+            files: Files::new(Vec::new(), None).unwrap(),
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let mut instances = Vec::new();
+            for program in &programs {
+                instances.push(Instance::new(program, &grants, Streams::Log).await.unwrap());
+            }
+            let live = resident();
+            let mut times = Vec::new();
+            for _ in 0..500 {
+                let start = Instant::now();
+                drop(Instance::new(&programs[0], &grants, Streams::Log).await.unwrap());
+                times.push(start.elapsed());
+            }
+            times.sort();
+            load.sort();
+            println!(
+                "load_us={} instantiate_us={} loaded_kb={} live_kb={} live_anonymous_kb={}",
+                load[load.len() / 2].as_micros(),
+                times[times.len() / 2].as_micros(),
+                loaded.0 - before.0,
+                live.0 - before.0,
+                live.1 - before.1,
+            );
+        });
+    }
+}

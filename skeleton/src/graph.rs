@@ -12,7 +12,7 @@ use crate::core_module::CoreModule;
 use crate::sections::{Section, id, sections};
 use crate::shim::{self, Shim};
 
-/// A skeleton as [`crate::split`] made it.
+/// A skeleton as [`crate::split()`] made it.
 pub(crate) struct Graph<'a> {
     pub(crate) sections: Vec<Section<'a>>,
     /// The modules with code, in the order of their indices. The tenant's

@@ -11,7 +11,7 @@
 //!              └──► tenant: memory and start values      instead of fifteen
 //! ```
 //!
-//! - [`split`] is cheap and is done for each app. Two apps with the same
+//! - [`split()`] is cheap and is done for each app. Two apps with the same
 //!   libraries and interfaces give the same skeleton, byte for byte, so a host
 //!   knows a skeleton by its digest and compiles it once.
 //! - [`merge`] is done once per skeleton. Without the thousands of functions
@@ -51,7 +51,7 @@ pub const TENANT: &str = "tenant";
 /// under which a host keeps what it has compiled.
 pub const VERSION: u32 = 1;
 
-/// The skeleton that [`split`] made, with all its code in one core module.
+/// The skeleton that [`split()`] made, with all its code in one core module.
 ///
 /// # Errors
 ///

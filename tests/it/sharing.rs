@@ -72,6 +72,7 @@ fn limits_and_traps_are_the_same_however_the_code_is_laid_out() {
         let start = Instant::now();
         assert_eq!(server.get("/spin").status, 504, "{way}");
         assert!(start.elapsed() >= Duration::from_millis(500), "{way}");
+        assert_eq!(server.get("/served").ok(), "1", "{way}");
         assert_eq!(server.get("/recurse").status, 500, "{way}");
         server.wait_for_log(&["RecursionError"]);
         assert_eq!(server.get("/served").ok(), "2", "{way}: recursion costs no instance");

@@ -18,9 +18,9 @@ fn assert_no_merge(sample: &Sample, reason: &str) {
 #[test]
 fn what_can_not_be_split_is_refused_with_the_reason() {
     let sample = Sample::new();
-    assert_no_split(&Sample { dylink: false, ..sample.clone() }, "shared libraries");
-    assert_no_split(&Sample { twice: true, ..sample.clone() }, "exactly once");
-    assert_no_split(&Sample { second_memory: true, ..sample.clone() }, "more than one memory");
+    assert_no_split(&Sample { dylink: false, ..sample }, "shared libraries");
+    assert_no_split(&Sample { twice: true, ..sample }, "exactly once");
+    assert_no_split(&Sample { second_memory: true, ..sample }, "more than one memory");
     assert_no_split(&Sample { imports_module: true, ..sample }, "core type");
     let refused = |bytes: &[u8]| format!("{:#}", split(bytes).unwrap_err());
     assert!(refused(b"").contains("not a component"));
@@ -31,11 +31,11 @@ fn what_can_not_be_split_is_refused_with_the_reason() {
 #[test]
 fn what_can_not_be_merged_is_refused_with_the_reason() {
     let sample = Sample::new();
-    assert_no_merge(&Sample { start: true, ..sample.clone() }, "start function");
-    assert_no_merge(&Sample { library_twice: true, ..sample.clone() }, "more than once");
-    assert_no_merge(&Sample { forged_shim: true, ..sample.clone() }, "pass its arguments on");
-    assert_no_merge(&Sample { no_filler: true, ..sample.clone() }, "not instantiated");
-    assert_no_merge(&Sample { circle: true, ..sample.clone() }, "in a circle");
+    assert_no_merge(&Sample { start: true, ..sample }, "start function");
+    assert_no_merge(&Sample { library_twice: true, ..sample }, "more than once");
+    assert_no_merge(&Sample { forged_shim: true, ..sample }, "pass its arguments on");
+    assert_no_merge(&Sample { no_filler: true, ..sample }, "not instantiated");
+    assert_no_merge(&Sample { circle: true, ..sample }, "in a circle");
     assert_no_merge(&Sample { missing_export: true, ..sample }, "not valid");
     let refused = |bytes: &[u8]| format!("{:#}", merge(bytes).unwrap_err());
     assert!(refused(b"").contains("not valid"));

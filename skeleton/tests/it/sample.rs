@@ -12,7 +12,7 @@ use wasm_encoder::{
 };
 
 /// What one app differs in from another, and what may be wrong with it.
-#[derive(Clone)]
+#[derive(Clone, Copy)]
 pub struct Sample {
     /// What is in memory at the address 1040.
     pub data: i32,
