@@ -17,6 +17,7 @@ use crate::files::granted::Quota;
 use crate::files::memory::Limits;
 use crate::files::{FileGrants, Files};
 use crate::instance::{Grants, Program};
+use crate::network::NetworkGrants;
 use crate::units::Size;
 
 /// Files and directories that an instance may keep in its `/tmp`.
@@ -59,6 +60,7 @@ pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantAr
         memory: usize::try_from(grants.memory.0).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
+        network: Arc::new(NetworkGrants { rules: grants.network.clone(), bytes: grants.network_quota.0 }),
     };
     Ok(LoadedApp { program, grants })
 }

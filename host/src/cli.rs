@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::network::Rule;
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -159,6 +160,13 @@ pub struct GrantArgs {
     /// Bytes that an instance may keep in its /tmp, which is in memory
     #[arg(long, value_name = "SIZE", default_value = "64MiB")]
     pub tmp: Size,
+    /// What the app may connect to by TCP: HOST:PORT, *.DOMAIN:PORT, ADDRESS:PORT or
+    /// ADDRESS/BITS:PORT, with port * for any (repeatable)
+    #[arg(long, value_name = "HOST:PORT")]
+    pub network: Vec<Rule>,
+    /// Bytes that an instance may send and receive over its connections
+    #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+    pub network_quota: Size,
 }
 
 /// Options of `exec`.

@@ -23,6 +23,7 @@ mod handler;
 mod inspect;
 mod instance;
 mod key_derivation;
+mod network;
 mod pool;
 mod request_id;
 mod serve;

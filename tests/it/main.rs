@@ -22,6 +22,8 @@ mod files;
 mod frameworks;
 /// Starts the binary, speaks HTTP with it, shows its log on failure.
 mod harness;
+/// What a guest can reach on the network.
+mod network;
 /// Environ, bodies and headers as an app sees them.
 mod requests;
 /// `serve` from start to stop.
