@@ -17,6 +17,7 @@ use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::{FileGrants, Files, memory};
 use crate::instance::{Grants, Program};
+use crate::network::NetworkGrants;
 use crate::pool::Isolation;
 use crate::scheduler::Share;
 use crate::tenants::Shared;
@@ -47,6 +48,7 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) 
         files,
         share,
         scheduler: Arc::clone(&shared.scheduler),
+        network: Arc::new(config.network.clone()),
     };
     Ok((program, grants))
 }
@@ -82,6 +84,7 @@ pub fn only_tenant(
                 .clone()
                 .map(|path| (path, Quota { bytes: grants.data_quota.0, files: grants.data_files })),
         },
+        network: NetworkGrants { rules: grants.network.clone(), bytes: grants.network_quota.0 },
         health: None,
         weight: 1,
     })

@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand};
 use crate::access_log;
 use crate::code::Sharing;
 use crate::forwarded::Dialect;
+use crate::network::Rule;
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -262,6 +263,13 @@ pub struct GrantArgs {
     /// How much of the code is shared with other apps, to compare the ways
     #[arg(long, value_enum, hide = true)]
     pub code: Option<Sharing>,
+    /// What the app may connect to by TCP: HOST:PORT, *.DOMAIN:PORT, ADDRESS:PORT or
+    /// ADDRESS/BITS:PORT, with port * for any (repeatable)
+    #[arg(long, value_name = "HOST:PORT")]
+    pub network: Vec<Rule>,
+    /// Bytes that an instance may send and receive over its connections
+    #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+    pub network_quota: Size,
 }
 
 /// Options of `exec`.

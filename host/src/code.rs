@@ -370,8 +370,12 @@ mod tests {
     use clap::ValueEnum as _;
 
     use super::*;
-    use crate::files::Files;
+    use std::sync::Arc;
+
+    use crate::files::{FileGrants, Files};
     use crate::instance::{Grants, Instance, Program, Streams};
+    use crate::network::NetworkGrants;
+    use crate::scheduler::{Scheduler, Share};
 
     /// See `bench/sharing.py`, which fills the cache and runs this.
     #[test]
@@ -407,7 +411,14 @@ mod tests {
             name: "app".into(),
             memory: 128 << 20,
             environment: Vec::new(),
-            files: Files::new(Vec::new(), None).unwrap(),
+            files: Files::new(
+                Vec::new(),
+                &FileGrants { temporary: crate::config::DEFAULT_TEMPORARY, data: None },
+            )
+            .unwrap(),
+            network: Arc::new(NetworkGrants { rules: Vec::new(), bytes: 0 }),
+            share: Share::new(1, None),
+            scheduler: Scheduler::new(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -21,6 +21,7 @@ use crate::environ::script_name;
 use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::{FileGrants, memory};
+use crate::network::{NetworkGrants, Rule};
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -101,6 +102,10 @@ pub struct TenantSection {
     /// A directory that the app sees as `/data`.
     #[serde(default)]
     pub data: Option<DataSection>,
+    /// What the app may connect to by TCP: `HOST:PORT`, `*.DOMAIN:PORT`,
+    /// `ADDRESS:PORT` or `ADDRESS/BITS:PORT`.
+    #[serde(default)]
+    pub network: Vec<String>,
     /// A path that a healthy app answers with a status below 400.
     #[serde(default)]
     pub health: Option<String>,
@@ -133,6 +138,8 @@ pub struct LimitsSection {
     pub timeout: Option<Time>,
     /// What an instance may keep in its `/tmp`.
     pub tmp: Option<Size>,
+    /// What an instance may send and receive over its connections.
+    pub network: Option<Size>,
     /// Processor time of one request.
     pub cpu: Option<Time>,
     /// Processor time of all requests together, in each minute.
@@ -211,6 +218,8 @@ pub struct TenantConfig {
     pub environment: Environment,
     /// Its `/tmp`, and the directory that it sees as `/data`.
     pub files: FileGrants,
+    /// What it may connect to.
+    pub network: NetworkGrants,
     /// A path that a healthy app answers with a status below 400.
     pub health: Option<String>,
     /// Share of the processors, relative to others.
@@ -282,6 +291,10 @@ pub const DEFAULT_INSTANCES: Instances =
 
 /// What an instance may keep in its `/tmp`, where nothing is said.
 pub const DEFAULT_TEMPORARY: memory::Limits = memory::Limits { bytes: 64 << 20, files: 1000 };
+
+/// Bytes that an instance may send and receive over its connections, where
+/// nothing is said.
+const DEFAULT_TRAFFIC: u64 = 4 << 30;
 
 /// What a data directory may hold, where nothing is said.
 const DEFAULT_QUOTA: Quota = Quota { bytes: 1 << 30, files: 10_000 };
@@ -570,6 +583,15 @@ fn resolve_tenant(
     let tmp = section.limits.tmp.or(defaults.limits.tmp);
     let temporary =
         memory::Limits { bytes: tmp.map_or(DEFAULT_TEMPORARY.bytes, |tmp| tmp.0), ..DEFAULT_TEMPORARY };
+    let mut rules = Vec::new();
+    for rule in &section.network {
+        match rule.parse::<Rule>() {
+            Ok(rule) => rules.push(rule),
+            Err(problem) => note(problem.to_string()),
+        }
+    }
+    let traffic = section.limits.network.or(defaults.limits.network);
+    let network = NetworkGrants { rules, bytes: traffic.map_or(DEFAULT_TRAFFIC, |traffic| traffic.0) };
     let health = section.health.clone().or_else(|| defaults.health.clone());
     if let Some(health) = health.as_ref().filter(|health| !health.starts_with('/')) {
         note(format!("the health path `{health}` has to start with `/`"));
@@ -609,6 +631,7 @@ fn resolve_tenant(
         limits: resolve_limits(&section.limits, &defaults.limits),
         environment: Environment(environment),
         files: FileGrants { temporary, data },
+        network,
         health,
         weight,
     })
@@ -752,6 +775,7 @@ mod tests {
             env = { MODE = "live" }
             secrets = { KEY = { file = "secret" } }
             data = { path = "data", quota = "1MiB", files = 5 }
+            network = ["db.internal:5432", "10.0.0.0/8:*"]
             health = "/healthz"
             weight = 2
             [[tenant]]

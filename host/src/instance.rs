@@ -19,6 +19,7 @@ use crate::files::host::FileView;
 use crate::files::{self, FileSpace, Files};
 use crate::guest_log::GuestLog;
 use crate::key_derivation::{self, Digest, Refusal};
+use crate::network::{self, NetworkGrants, NetworkView, Reach};
 use crate::request_id::RequestId;
 use crate::scheduler::{Scheduler, Share, Slot};
 
@@ -58,6 +59,8 @@ pub struct Grants {
     pub share: Arc<Share>,
     /// Who hands out the processors.
     pub scheduler: Arc<Scheduler>,
+    /// What may be reached on the network.
+    pub network: Arc<NetworkGrants>,
 }
 
 /// An app's code, linked with the host and ready to be instantiated.
@@ -86,13 +89,17 @@ impl Program {
     }
 }
 
-/// Links WASI: wasmtime's own, but for the files.
+/// Links WASI: wasmtime's own, but for the files and what checks the network.
 fn link_wasi(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
     wasmtime_wasi::p2::add_to_linker_async(linker)?;
     linker.allow_shadowing(true);
     files::host::add_to_linker(linker, |state| FileView {
         space: &mut state.space,
         table: &mut state.resources,
+    })?;
+    network::add_to_linker(linker, |state| NetworkView {
+        reach: &state.reach,
+        wasi: WasiCtxView { ctx: &mut state.wasi, table: &mut state.resources },
     })?;
     linker.allow_shadowing(false);
     Ok(())
@@ -137,6 +144,8 @@ impl Instance {
             Streams::Log => wasi.stdout(log.clone()).stderr(log.clone()),
             Streams::Inherit => wasi.inherit_stdio(),
         };
+        let reach = Reach::new(Arc::clone(&grants.name), Arc::clone(&grants.network));
+        reach.apply(&mut wasi);
         let wasi = wasi.build();
         let mut resources = ResourceTable::new();
         resources.set_max_capacity(MAX_RESOURCES);
@@ -155,6 +164,7 @@ impl Instance {
             name: Arc::clone(&grants.name),
             exchange: None,
             space: grants.files.space(),
+            reach,
         };
         let mut store = Store::new(&program.engine, state);
         store.limiter(|state| &mut state.limits);
@@ -318,6 +328,7 @@ pub struct HostState {
     /// The request that the guest works on.
     exchange: Option<Exchange>,
     space: FileSpace,
+    reach: Reach,
 }
 
 impl WasiView for HostState {

@@ -33,6 +33,7 @@ mod inspect;
 mod instance;
 mod key_derivation;
 mod listener;
+mod network;
 mod pool;
 mod proxy_protocol;
 mod request_id;

@@ -16,10 +16,14 @@ mod adapter;
 mod build;
 /// What an app may do wrong or slowly, and what the client then sees.
 mod failures;
+/// The files of a guest: what holds, what is refused, what SQLite needs.
+mod files;
 /// Web frameworks as they are, doing what they are used for.
 mod frameworks;
 /// Starts the binary, speaks HTTP with it, shows its log on failure.
 mod harness;
+/// What a guest can reach on the network.
+mod network;
 /// Environ, bodies and headers as an app sees them.
 mod requests;
 /// `serve` from start to stop.

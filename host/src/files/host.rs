@@ -280,11 +280,8 @@ impl FileView<'_> {
     /// For what writes to a file.
     fn writable(&self, fd: &Resource<types::Descriptor>) -> FsResult<Node> {
         let descriptor = self.descriptor(fd)?;
-        if descriptor.node.is_directory() {
+        if descriptor.node.is_directory() || !descriptor.flags.contains(DescriptorFlags::WRITE) {
             return Err(ErrorCode::BadDescriptor.into());
-        }
-        if !descriptor.flags.contains(DescriptorFlags::WRITE) {
-            return Err(ErrorCode::NotPermitted.into());
         }
         Ok(descriptor.node.clone())
     }
@@ -303,6 +300,16 @@ impl FileView<'_> {
     fn push(&mut self, node: Node, flags: DescriptorFlags) -> FsResult<Resource<types::Descriptor>> {
         let fd = self.table.push(Descriptor { node, flags }).map_err(|_| ErrorCode::InsufficientMemory)?;
         Ok(Resource::new_own(fd.rep()))
+    }
+
+    fn write_stream(
+        &mut self,
+        fd: &Resource<types::Descriptor>,
+        at: WriteAt,
+    ) -> FsResult<Resource<DynOutputStream>> {
+        let node = self.writable(fd)?;
+        let stream: DynOutputStream = Box::new(WriteStream { node, at, state: WriteState::Idle });
+        Ok(self.table.push(stream).map_err(|_| ErrorCode::InsufficientMemory)?)
     }
 
     fn mount(&mut self, node: Node, name: &str) -> wasmtime::Result<(Resource<types::Descriptor>, String)> {
@@ -358,13 +365,11 @@ impl types::HostDescriptor for FileView<'_> {
         fd: Resource<types::Descriptor>,
         offset: Filesize,
     ) -> FsResult<Resource<DynOutputStream>> {
-        let stream = WriteStream::boxed(self.writable(&fd)?, WriteAt::Offset(offset));
-        Ok(self.table.push(stream).map_err(|_| ErrorCode::InsufficientMemory)?)
+        self.write_stream(&fd, WriteAt::Offset(offset))
     }
 
     fn append_via_stream(&mut self, fd: Resource<types::Descriptor>) -> FsResult<Resource<DynOutputStream>> {
-        let stream = WriteStream::boxed(self.writable(&fd)?, WriteAt::End);
-        Ok(self.table.push(stream).map_err(|_| ErrorCode::InsufficientMemory)?)
+        self.write_stream(&fd, WriteAt::End)
     }
 
     async fn advise(
@@ -837,10 +842,6 @@ enum WriteState {
 }
 
 impl WriteStream {
-    fn boxed(node: Node, at: WriteAt) -> DynOutputStream {
-        Box::new(WriteStream { node, at, state: WriteState::Idle })
-    }
-
     fn finished(&mut self, length: usize, result: Result<(), ErrorCode>) {
         self.state = match result {
             Ok(()) => WriteState::Idle,

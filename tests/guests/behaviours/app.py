@@ -653,6 +653,13 @@ def cpu_hash(environ, start_response):
     return reply(start_response, "derived")
 
 
+def run(environ, start_response):
+    """Runs the Python in the body and answers with what it leaves in `result`."""
+    scope = {}
+    exec(environ["wsgi.input"].read(), scope)
+    return reply(start_response, json.dumps(scope["result"]))
+
+
 ROUTES = {
     "/" + function.__name__.replace("_", "-"): function
     for function in (
@@ -664,7 +671,7 @@ ROUTES = {
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
         hop_by_hop, bad_status, recurse, recurse_in_c, spin, sleep, sleep_for_ever, compute, allocate,
         allocate_and_catch, abort, log_lines, log_flood, served, was_closed, randomness, environment,
-        now, files, write_files, temporary_files, escape, sockets, passwords, cpu_hash,
+        now, files, write_files, temporary_files, escape, sockets, passwords, cpu_hash, run,
     )
 }  # fmt: skip
 
