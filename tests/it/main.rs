@@ -14,6 +14,8 @@
 mod adapter;
 /// `build`, `inspect` and what they refuse.
 mod build;
+/// The examples, as their readers run them.
+mod examples;
 /// What an app may do wrong or slowly, and what the client then sees.
 mod failures;
 /// Web frameworks as they are, doing what they are used for.
@@ -28,5 +30,7 @@ mod serving;
 mod snapshot;
 /// Bodies of any size in bounded memory.
 mod streaming;
+/// Each guest with `wsgiref.validate` around its app.
+mod validated;
 /// PEP 3333 to the letter, and the extensions.
 mod wsgi;

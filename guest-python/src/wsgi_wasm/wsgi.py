@@ -103,14 +103,14 @@ _FAILED = "the application failed"
 
 # What was checked or taken apart before, since applications and clients use
 # few of them over and over. Bounded, for a client may send any: the statuses,
-# the names of headers with their lower case form, and the names of an environ
-# as in its block.
+# the names of headers with their lower case form, and what environs look like,
+# by their names as in the block.
 _statuses: set[str] = set()
 _names: dict[str, str] = {}
-_keys: dict[bytes, tuple[str, ...]] = {}
+_shapes: dict[bytes, _Shape] = {}
 _REMEMBERED = 256
-_REMEMBERED_KEYS = 32
-_REMEMBERED_KEYS_LENGTH = 2048
+_REMEMBERED_SHAPES = 32
+_REMEMBERED_SHAPE_LENGTH = 2048
 
 
 def run(application: Application, environ_block: bytes, body: bytes, host: Host) -> bytes:
@@ -121,9 +121,9 @@ def run(application: Application, environ_block: bytes, body: bytes, host: Host)
     through `host` or the application failed.
     """
     names, _, values = environ_block.partition(b"\0\0")
-    keys = _keys.get(names) or _split_names(names)
-    environ: dict[str, Any] = dict(zip(keys, values.decode("latin-1").split("\0")))
-    environ.update(_ENVIRON)
+    shape = _shapes.get(names) or _shape(names)
+    environ = shape.environ.copy()
+    environ.update(zip(shape.names, values.decode("latin-1").split("\0")))
     environ["wsgi.errors"] = sys.stderr
     response = Response(environ, host)
     if environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
@@ -419,12 +419,23 @@ class Response:
         self.host.log(f"{environ.get('REQUEST_METHOD')} {path}: {message}\n{details}")
 
 
-def _split_names(names: bytes) -> tuple[str, ...]:
-    """Returns the names of an environ block."""
-    keys = tuple(map(sys.intern, names.decode("latin-1").split("\0")))
-    if len(_keys) < _REMEMBERED_KEYS and len(names) <= _REMEMBERED_KEYS_LENGTH:
-        _keys[names] = keys
-    return keys
+class _Shape:
+    """What environs with the same names have in common."""
+
+    __slots__ = ("environ", "names")
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        # Large enough, so that it need not grow with each value.
+        self.environ: dict[str, Any] = {**dict.fromkeys(names), **_ENVIRON}
+
+
+def _shape(names: bytes) -> _Shape:
+    """Returns what environs look like whose block starts with `names`."""
+    shape = _Shape(names.decode("latin-1").split("\0"))
+    if len(_shapes) < _REMEMBERED_SHAPES and len(names) <= _REMEMBERED_SHAPE_LENGTH:
+        _shapes[names] = shape
+    return shape
 
 
 def _check_status(status: str) -> None:
