@@ -63,7 +63,7 @@ def dates(environ, start_response):
     year, month = shift_path_info(environ), shift_path_info(environ)
     try:
         if not year:
-            return text(start_response, f"try {application_uri(environ)}1900/2\n")
+            return text(start_response, f"try {application_uri(environ)}/1900/2\n")
         if not month:
             return text(start_response, calendar.TextCalendar().formatyear(int(year)))
         return text(start_response, calendar.TextCalendar().formatmonth(int(year), int(month)))
@@ -72,10 +72,10 @@ def dates(environ, start_response):
 
 
 def index(environ, start_response):
-    base = application_uri(environ)
+    base = application_uri(environ).rstrip("/")
     if environ["PATH_INFO"] not in ("", "/"):
         return not_found(environ, start_response)
-    return text(start_response, "".join(f"{base}{name}\n" for name in ("dates/", "where", "a/b", "inner/where")))
+    return text(start_response, "".join(f"{base}/{name}\n" for name in ("dates/", "where")))
 
 
 # An application of applications is an application, and can be mounted itself.

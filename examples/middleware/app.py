@@ -4,9 +4,9 @@ import os
 import time
 
 from catching import catching
-from compression import gzipped
 from passwords import digest, guarded
 from sessions import with_sessions
+from squeezing import gzipped
 from transform import shouting
 
 TEXT = [("Content-Type", "text/plain; charset=utf-8")]

@@ -1,4 +1,5 @@
 import io
+import itertools
 import os
 import sys
 import tempfile
@@ -486,11 +487,24 @@ class NoBody(unittest.TestCase):
             self.assertEqual(answer, b"Status: 200 OK\r\nContent-Length: 5\r\n\r\n", host.logged)
             self.assertEqual(host.logged, "")
 
-    def test_head_of_a_stream_is_iterated_and_closed(self):
-        chunks = Closing([b"a", b"b"])
-        _, host = run(starting(chunks), REQUEST_METHOD="HEAD")
-        self.assertEqual(host.kinds, ["start", "finish"])
-        self.assertEqual(chunks.closed, 1)
+    def test_head_of_a_stream_is_known_with_its_first_chunk(self):
+        chunks = Closing(itertools.chain([b""], itertools.repeat(b"a")))
+        answer, host = run(starting(chunks), REQUEST_METHOD="HEAD")
+        self.assertEqual(answer, b"Status: 200 OK\r\nContent-Type: text/plain\r\n\r\n")
+        self.assertEqual((host.events, chunks.closed), ([], 1))
+
+    def test_write_counts_as_sent(self):
+        def application(environ, start_response):
+            start_response("204 No Content", [])(b"x")
+            try:
+                raise KeyError("late")
+            except KeyError:
+                start_response("500 Oops", [], sys.exc_info())
+            return []
+
+        answer, host = run(application)
+        self.assertEqual((answer, host.events), (b"", []))
+        self.assertIn("KeyError", host.logged)
 
     def test_head_gets_no_length_that_the_application_did_not_give(self):
         answer, _ = run(starting([]), REQUEST_METHOD="HEAD")

@@ -358,7 +358,8 @@ impl Exchange {
 /// The rule that the head breaks.
 pub fn parse_head(response: &[u8]) -> Result<(Head, &[u8]), &'static str> {
     let mut lines = Lines { rest: response, left: MAX_HEAD };
-    let status = lines.next()?.strip_prefix(b"Status: ").ok_or("the first line is not `Status: NNN reason`")?;
+    let status =
+        lines.next()?.strip_prefix(b"Status: ").ok_or("the first line is not `Status: NNN reason`")?;
     let (code, reason) = match status {
         [a, b, c, b' ', reason @ ..] => ([*a, *b, *c], reason),
         [a, b, c] => ([*a, *b, *c], &[][..]),

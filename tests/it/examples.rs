@@ -69,7 +69,10 @@ fn the_middleware_is_a_chain() {
     // Passwords: `alice:sesame`, `alice:wrong`, `bob:sesame`.
     let log_in = |text: &str| server.request("GET", "/vault", &[("Authorization", text)], b"");
     let refused = server.get("/vault");
-    assert_eq!((refused.status, refused.header("www-authenticate")), (401, Some("Basic realm=\"the vault\"")));
+    assert_eq!(
+        (refused.status, refused.header("www-authenticate")),
+        (401, Some("Basic realm=\"the vault\""))
+    );
     assert_eq!(log_in("Basic YWxpY2U6c2VzYW1l").ok(), "WELCOME TO THE VAULT, ALICE\n");
     for wrong in ["Basic YWxpY2U6d3Jvbmc=", "Basic Ym9iOnNlc2FtZQ==", "Basic ???", "Bearer x"] {
         assert_eq!(log_in(wrong).status, 401, "{wrong}");
@@ -106,7 +109,8 @@ fn unpack(body: &[u8]) -> String {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("body.gz");
     std::fs::write(&path, body).unwrap();
-    let output = std::process::Command::new("python3").args(["-m", "gzip", "-d"]).arg(&path).output().unwrap();
+    let output =
+        std::process::Command::new("python3").args(["-m", "gzip", "-d"]).arg(&path).output().unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let mut text = String::new();
     std::fs::File::open(directory.path().join("body")).unwrap().read_to_string(&mut text).unwrap();
@@ -164,7 +168,8 @@ fn the_framework_frames() {
     assert_eq!((wrong.status, wrong.header("allow")), (405, Some("POST, PUT")));
 
     // A file, whole, in part, and not again.
-    let source = std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/webob/app.py")).unwrap();
+    let source =
+        std::fs::read(Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/webob/app.py")).unwrap();
     let whole = server.get("/source/app");
     assert_eq!(whole.header("content-length"), Some(&*source.len().to_string()));
     assert_eq!(whole.body, source);

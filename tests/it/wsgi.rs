@@ -68,7 +68,9 @@ fn each_variable_has_its_rule() {
     for number in 0..3 {
         let seen = environ(
             &server,
-            &format!("GET /show-environ?{number} HTTP/1.1\r\nHost: x\r\nX-{number}: {number}\r\nX-Same: {number}"),
+            &format!(
+                "GET /show-environ?{number} HTTP/1.1\r\nHost: x\r\nX-{number}: {number}\r\nX-Same: {number}"
+            ),
             "",
         );
         assert_eq!(seen["QUERY_STRING"], number.to_string());
@@ -88,10 +90,7 @@ fn the_input_has_all_methods_and_ends_with_the_body() {
         ("read:-1,read", "[b'one\\ntwo\\n\\nthree', b'']"),
         ("read:0,read:5,read:100,read:1", "[b'', b'one\\nt', b'wo\\n\\nthree', b'']"),
         ("readline,readline:2,readline:0,readline:-1", "[b'one\\n', b'tw', b'', b'o\\n']"),
-        (
-            "readline,readline,readline,readline,readline",
-            "[b'one\\n', b'two\\n', b'\\n', b'three', b'']",
-        ),
+        ("readline,readline,readline,readline,readline", "[b'one\\n', b'two\\n', b'\\n', b'three', b'']"),
         ("readlines,readlines", "[[b'one\\n', b'two\\n', b'\\n', b'three'], []]"),
         ("readlines:5,read", "[[b'one\\n', b'two\\n'], b'\\nthree']"),
         ("list,list", "[[b'one\\n', b'two\\n', b'\\n', b'three'], []]"),
@@ -317,7 +316,8 @@ fn headers_keep_their_order() {
 #[test]
 fn files_are_sent_by_the_host() {
     let data = tempfile::tempdir().unwrap();
-    let content: Vec<u8> = (0..300_000_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
+    let content: Vec<u8> =
+        (0..300_000_u32).map(|index| (index.wrapping_mul(2_654_435_761) >> 24) as u8).collect();
     std::fs::write(data.path().join("file"), &content).unwrap();
     std::fs::write(data.path().join("small"), b"small").unwrap();
     std::fs::write(data.path().join("empty"), b"").unwrap();
@@ -325,8 +325,7 @@ fn files_are_sent_by_the_host() {
     std::fs::write(secret.path().join("secret"), vec![b's'; 300_000]).unwrap();
     std::os::unix::fs::symlink(secret.path().join("secret"), data.path().join("out")).unwrap();
     std::os::unix::fs::symlink("file", data.path().join("in")).unwrap();
-    let server =
-        Server::start("behaviours", &["--instances", "1", "--data", data.path().to_str().unwrap()]);
+    let server = Server::start("behaviours", &["--instances", "1", "--data", data.path().to_str().unwrap()]);
     let mut connection = server.connect();
     let mut get = |query: &str| {
         connection.send_request("GET", &format!("/send-file?{query}"), &[], b"");
@@ -450,7 +449,7 @@ fn downloads_are_measured() {
             }
             best = best.min(start.elapsed());
         }
-        println!("100 MiB {how}: {best:?}");
+        eprintln!("100 MiB {how}: {best:?}");
     }
     server.finish();
 }

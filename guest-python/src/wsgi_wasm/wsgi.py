@@ -249,7 +249,12 @@ class Response:
         """
         if not chunk:
             return
-        if self.length is not None and not self.bodiless and len(chunk) > self.length - self.sent:
+        if self.bodiless and self.head is not None:
+            # The head is returned in the end, but the application may count on
+            # its being sent.
+            self.held = b""
+            return
+        if self.length is not None and len(chunk) > self.length - self.sent:
             chunk = self.cut_to(chunk, self.length - self.sent)
             # Nothing is left of it after the end; an empty body has only a head.
             if not chunk and (self.started or self.held is not None):
@@ -262,7 +267,7 @@ class Response:
                 # Started before the attempt: a head may be half way out.
                 self.started = True
                 host.start(f"{self.head}\r\n".encode("latin-1"))
-            if self.bodiless or not chunk:
+            if not chunk:
                 return
             if len(chunk) <= _PIECE:
                 host.write(chunk)
@@ -299,6 +304,9 @@ class Response:
         for chunk in chunks:
             if not isinstance(chunk, bytes):
                 raise TypeError(f"a chunk of the body must be bytes, not {_kind(chunk)}")
+            if self.bodiless and chunk:
+                # It tells that the head is final; the rest is for nobody.
+                break
             if len(chunk) == self.length and not self.started and self.held is None and chunk:
                 self.held = chunk
                 self.sent = len(chunk)
@@ -350,7 +358,7 @@ class Response:
         if self.gone:
             # The application caught the exception and went on.
             raise ClientGone("the client is gone")
-        if self.length is not None and self.sent < self.length and not self.bodiless:
+        if self.length is not None and self.sent < self.length:
             raise self.too_short(self.sent)
         self.host.finish()
         return b""
