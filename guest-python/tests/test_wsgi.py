@@ -1,9 +1,11 @@
+import gc
 import io
 import itertools
 import os
 import sys
 import tempfile
 import unittest
+import weakref
 from wsgiref.validate import validator
 
 from tests.support import Host, block
@@ -87,6 +89,24 @@ class Environ(unittest.TestCase):
             answer, host = run(application)
             self.assertTrue(answer, host.logged)
         self.assertEqual(self.environ()["wsgi.version"], (1, 0))
+
+    def test_an_environ_is_freed_with_its_request(self):
+        class Marker:
+            pass
+
+        seen = []
+
+        def application(environ, start_response):
+            environ["mine"] = marker = Marker()
+            seen.append(weakref.ref(marker))
+            start_response("200 OK", [])
+            return environ["wsgi.file_wrapper"](io.BytesIO(b"x"))
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        answer, host = run(application)
+        self.assertEqual(host.logged, "")
+        self.assertIsNone(seen[0]())
 
     def test_environ_is_a_dict(self):
         answer, host = run(

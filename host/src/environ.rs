@@ -220,7 +220,7 @@ mod tests {
         let names = fields.iter().position(|field| field.is_empty()).unwrap();
         let values = &fields[names + 1..];
         assert_eq!(values.len(), names);
-        Ok(std::iter::zip(fields, values)
+        Ok(std::iter::zip(&fields, values)
             .map(|(name, value)| (String::from_utf8(name.to_vec()).unwrap(), value.to_vec()))
             .collect())
     }

@@ -163,18 +163,22 @@ class Response:
     __slots__ = (
         "bodiless",
         "cut",
-        "environ",
         "gone",
         "head",
         "held",
         "host",
         "length",
+        "method",
+        "path",
         "sent",
         "started",
     )
 
     def __init__(self, environ: dict[str, Any], host: Host) -> None:
-        self.environ = environ
+        # Not the environ itself, which refers to this object: a circle is
+        # freed late.
+        self.method: str = environ.get("REQUEST_METHOD", "")
+        self.path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         self.host = host
         # The head without its final empty line, as `start_response` got it.
         self.head: str | None = None
@@ -214,9 +218,7 @@ class Response:
         self.head = f"Status: {status}\r\n{lines}"
         self.length = length
         # RFC 9110 section 6.4.1.
-        self.bodiless = (
-            without_length or code == "304" or self.environ.get("REQUEST_METHOD") == "HEAD"
-        )
+        self.bodiless = without_length or code == "304" or self.method == "HEAD"
         return self.write
 
     def early_hints(self, headers: list[tuple[str, str]]) -> None:
@@ -421,10 +423,8 @@ class Response:
 
     def log(self, message: str, details: str = "") -> None:
         """Writes one line that names the request, then `details`."""
-        environ = self.environ
         # The path comes from the client: `ascii` keeps its line breaks out of the log.
-        path = ascii(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))[1:-1]
-        self.host.log(f"{environ.get('REQUEST_METHOD')} {path}: {message}\n{details}")
+        self.host.log(f"{self.method} {ascii(self.path)[1:-1]}: {message}\n{details}")
 
 
 class _Shape:
