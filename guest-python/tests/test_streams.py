@@ -269,7 +269,8 @@ class Wrapper(unittest.TestCase):
         # A block size is a suggestion: small ones are not taken.
         self.assertEqual(list(FileWrapper(io.BytesIO(b"abcde"), 2)), [b"abcde"])
         content = b"x" * (65536 * 2 + 1)
-        self.assertEqual([len(block) for block in FileWrapper(io.BytesIO(content))], [65536, 65536, 1])
+        blocks = FileWrapper(io.BytesIO(content))
+        self.assertEqual([len(block) for block in blocks], [65536, 65536, 1])
         blocks = FileWrapper(io.BytesIO(content), 100_000)
         self.assertEqual([len(block) for block in blocks], [100_000, 31_073])
 

@@ -1,8 +1,11 @@
+import gc
 import io
+import itertools
 import os
 import sys
 import tempfile
 import unittest
+import weakref
 from wsgiref.validate import validator
 
 from tests.support import Host, block
@@ -86,6 +89,24 @@ class Environ(unittest.TestCase):
             answer, host = run(application)
             self.assertTrue(answer, host.logged)
         self.assertEqual(self.environ()["wsgi.version"], (1, 0))
+
+    def test_an_environ_is_freed_with_its_request(self):
+        class Marker:
+            pass
+
+        seen = []
+
+        def application(environ, start_response):
+            environ["mine"] = marker = Marker()
+            seen.append(weakref.ref(marker))
+            start_response("200 OK", [])
+            return environ["wsgi.file_wrapper"](io.BytesIO(b"x"))
+
+        gc.disable()
+        self.addCleanup(gc.enable)
+        answer, host = run(application)
+        self.assertEqual(host.logged, "")
+        self.assertIsNone(seen[0]())
 
     def test_environ_is_a_dict(self):
         answer, host = run(
@@ -486,11 +507,24 @@ class NoBody(unittest.TestCase):
             self.assertEqual(answer, b"Status: 200 OK\r\nContent-Length: 5\r\n\r\n", host.logged)
             self.assertEqual(host.logged, "")
 
-    def test_head_of_a_stream_is_iterated_and_closed(self):
-        chunks = Closing([b"a", b"b"])
-        _, host = run(starting(chunks), REQUEST_METHOD="HEAD")
-        self.assertEqual(host.kinds, ["start", "finish"])
-        self.assertEqual(chunks.closed, 1)
+    def test_head_of_a_stream_is_known_with_its_first_chunk(self):
+        chunks = Closing(itertools.chain([b""], itertools.repeat(b"a")))
+        answer, host = run(starting(chunks), REQUEST_METHOD="HEAD")
+        self.assertEqual(answer, b"Status: 200 OK\r\nContent-Type: text/plain\r\n\r\n")
+        self.assertEqual((host.events, chunks.closed), ([], 1))
+
+    def test_write_counts_as_sent(self):
+        def application(environ, start_response):
+            start_response("204 No Content", [])(b"x")
+            try:
+                raise KeyError("late")
+            except KeyError:
+                start_response("500 Oops", [], sys.exc_info())
+            return []
+
+        answer, host = run(application)
+        self.assertEqual((answer, host.events), (b"", []))
+        self.assertIn("KeyError", host.logged)
 
     def test_head_gets_no_length_that_the_application_did_not_give(self):
         answer, _ = run(starting([]), REQUEST_METHOD="HEAD")
@@ -579,12 +613,10 @@ class StartResponse(unittest.TestCase):
             answer, _ = run(starting([], status=f"200 {index}"), **{f"HTTP_X_{index}": "x"})
             self.assertTrue(answer)
         self.assertLessEqual(len(wsgi._statuses), 256)
-        self.assertLessEqual(len(wsgi._keys), 32)
-        before = len(wsgi._keys)
-        wsgi._keys.clear()
-        self.addCleanup(wsgi._keys.clear)
+        self.assertLessEqual(len(wsgi._shapes), 32)
+        wsgi._shapes.clear()
         run(starting([]), **{"HTTP_" + "X" * 5000: "x"})
-        self.assertEqual(len(wsgi._keys), 0, before)
+        self.assertEqual(len(wsgi._shapes), 0)
 
     def test_second_call_without_exc_info(self):
         def application(environ, start_response):

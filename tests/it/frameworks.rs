@@ -370,6 +370,37 @@ fn flask_takes_uploads_in_memory_and_through_a_file() {
 }
 
 #[test]
+fn flask_sends_files_whole_and_in_part() {
+    let server = Server::start("flask", &["--instances", "1"]);
+    let content = noise(1_000_000);
+    let file = File { field: "file", name: "x", content_type: "image/png", content: &content };
+    Browser::new(&server).upload("/upload", &[("title", "x")], &file).ok();
+    let get = |headers: &[(&str, &str)]| server.request("GET", "/copy", headers, b"");
+    let whole = get(&[]);
+    assert_eq!(whole.header("content-length"), Some("1000000"));
+    assert!(whole.body == content);
+    let etag = whole.header("etag").unwrap();
+    assert_eq!(get(&[("If-None-Match", etag)]).status, 304);
+    for (range, bytes) in [
+        ("bytes=0-0", 0..1),
+        ("bytes=500000-", 500_000..1_000_000),
+        ("bytes=100-899999", 100..900_000),
+        ("bytes=-70000", 930_000..1_000_000),
+    ] {
+        let part = get(&[("Range", range), ("If-Range", etag)]);
+        let described = format!("bytes {}-{}/1000000", bytes.start, bytes.end - 1);
+        assert_eq!((part.status, part.header("content-range")), (206, Some(&*described)));
+        assert_eq!(part.header("content-length"), Some(&*bytes.len().to_string()));
+        assert!(part.body == content[bytes], "{range}");
+    }
+    assert_eq!(get(&[("Range", "bytes=1000000-")]).status, 416);
+    assert!(get(&[("Range", "bytes=0-9"), ("If-Range", "\"other\"")]).body == content);
+    let head = server.request("HEAD", "/copy", &[], b"");
+    assert_eq!((head.status, head.header("content-length")), (200, Some("1000000")));
+    server.finish();
+}
+
+#[test]
 fn flask_streams_with_its_context() {
     let server = Server::start("flask", &["--instances", "1"]);
     let mut connection = server.connect();

@@ -14,6 +14,8 @@
 mod adapter;
 /// `build`, `inspect` and what they refuse.
 mod build;
+/// The examples, as their readers run them.
+mod examples;
 /// What an app may do wrong or slowly, and what the client then sees.
 mod failures;
 /// The files of a guest: what holds, what is refused, what SQLite needs.
@@ -36,5 +38,7 @@ mod snapshot;
 mod streaming;
 /// Many apps in one server, changed while it runs.
 mod tenants;
+/// Each guest with `wsgiref.validate` around its app.
+mod validated;
 /// PEP 3333 to the letter, and the extensions.
 mod wsgi;

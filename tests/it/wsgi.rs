@@ -449,7 +449,7 @@ fn downloads_are_measured() {
             }
             best = best.min(start.elapsed());
         }
-        println!("100 MiB {how}: {best:?}");
+        eprintln!("100 MiB {how}: {best:?}");
     }
     server.finish();
 }

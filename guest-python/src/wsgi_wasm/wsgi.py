@@ -103,14 +103,14 @@ _FAILED = "the application failed"
 
 # What was checked or taken apart before, since applications and clients use
 # few of them over and over. Bounded, for a client may send any: the statuses,
-# the names of headers with their lower case form, and the names of an environ
-# as in its block.
+# the names of headers with their lower case form, and what environs look like,
+# by their names as in the block.
 _statuses: set[str] = set()
 _names: dict[str, str] = {}
-_keys: dict[bytes, tuple[str, ...]] = {}
+_shapes: dict[bytes, _Shape] = {}
 _REMEMBERED = 256
-_REMEMBERED_KEYS = 32
-_REMEMBERED_KEYS_LENGTH = 2048
+_REMEMBERED_SHAPES = 32
+_REMEMBERED_SHAPE_LENGTH = 2048
 
 
 def run(application: Application, environ_block: bytes, body: bytes, host: Host) -> bytes:
@@ -121,9 +121,9 @@ def run(application: Application, environ_block: bytes, body: bytes, host: Host)
     through `host` or the application failed.
     """
     names, _, values = environ_block.partition(b"\0\0")
-    keys = _keys.get(names) or _split_names(names)
-    environ: dict[str, Any] = dict(zip(keys, values.decode("latin-1").split("\0")))
-    environ.update(_ENVIRON)
+    shape = _shapes.get(names) or _shape(names)
+    environ = shape.environ.copy()
+    environ.update(zip(shape.names, values.decode("latin-1").split("\0")))
     environ["wsgi.errors"] = sys.stderr
     response = Response(environ, host)
     if environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
@@ -163,18 +163,22 @@ class Response:
     __slots__ = (
         "bodiless",
         "cut",
-        "environ",
         "gone",
         "head",
         "held",
         "host",
         "length",
+        "method",
+        "path",
         "sent",
         "started",
     )
 
     def __init__(self, environ: dict[str, Any], host: Host) -> None:
-        self.environ = environ
+        # Not the environ itself, which refers to this object: a circle is
+        # freed late.
+        self.method: str = environ.get("REQUEST_METHOD", "")
+        self.path: str = environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", "")
         self.host = host
         # The head without its final empty line, as `start_response` got it.
         self.head: str | None = None
@@ -214,9 +218,7 @@ class Response:
         self.head = f"Status: {status}\r\n{lines}"
         self.length = length
         # RFC 9110 section 6.4.1.
-        self.bodiless = (
-            without_length or code == "304" or self.environ.get("REQUEST_METHOD") == "HEAD"
-        )
+        self.bodiless = without_length or code == "304" or self.method == "HEAD"
         return self.write
 
     def early_hints(self, headers: list[tuple[str, str]]) -> None:
@@ -249,7 +251,12 @@ class Response:
         """
         if not chunk:
             return
-        if self.length is not None and not self.bodiless and len(chunk) > self.length - self.sent:
+        if self.bodiless and self.head is not None:
+            # The head is returned in the end, but the application may count on
+            # its being sent.
+            self.held = b""
+            return
+        if self.length is not None and len(chunk) > self.length - self.sent:
             chunk = self.cut_to(chunk, self.length - self.sent)
             # Nothing is left of it after the end; an empty body has only a head.
             if not chunk and (self.started or self.held is not None):
@@ -262,7 +269,7 @@ class Response:
                 # Started before the attempt: a head may be half way out.
                 self.started = True
                 host.start(f"{self.head}\r\n".encode("latin-1"))
-            if self.bodiless or not chunk:
+            if not chunk:
                 return
             if len(chunk) <= _PIECE:
                 host.write(chunk)
@@ -299,6 +306,9 @@ class Response:
         for chunk in chunks:
             if not isinstance(chunk, bytes):
                 raise TypeError(f"a chunk of the body must be bytes, not {_kind(chunk)}")
+            if self.bodiless and chunk:
+                # It tells that the head is final; the rest is for nobody.
+                break
             if len(chunk) == self.length and not self.started and self.held is None and chunk:
                 self.held = chunk
                 self.sent = len(chunk)
@@ -350,7 +360,7 @@ class Response:
         if self.gone:
             # The application caught the exception and went on.
             raise ClientGone("the client is gone")
-        if self.length is not None and self.sent < self.length and not self.bodiless:
+        if self.length is not None and self.sent < self.length:
             raise self.too_short(self.sent)
         self.host.finish()
         return b""
@@ -413,18 +423,27 @@ class Response:
 
     def log(self, message: str, details: str = "") -> None:
         """Writes one line that names the request, then `details`."""
-        environ = self.environ
         # The path comes from the client: `ascii` keeps its line breaks out of the log.
-        path = ascii(environ.get("SCRIPT_NAME", "") + environ.get("PATH_INFO", ""))[1:-1]
-        self.host.log(f"{environ.get('REQUEST_METHOD')} {path}: {message}\n{details}")
+        self.host.log(f"{self.method} {ascii(self.path)[1:-1]}: {message}\n{details}")
 
 
-def _split_names(names: bytes) -> tuple[str, ...]:
-    """Returns the names of an environ block."""
-    keys = tuple(map(sys.intern, names.decode("latin-1").split("\0")))
-    if len(_keys) < _REMEMBERED_KEYS and len(names) <= _REMEMBERED_KEYS_LENGTH:
-        _keys[names] = keys
-    return keys
+class _Shape:
+    """What environs with the same names have in common."""
+
+    __slots__ = ("environ", "names")
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
+        # Large enough, so that it need not grow with each value.
+        self.environ: dict[str, Any] = {**dict.fromkeys(names), **_ENVIRON}
+
+
+def _shape(names: bytes) -> _Shape:
+    """Returns what environs look like whose block starts with `names`."""
+    shape = _Shape(names.decode("latin-1").split("\0"))
+    if len(_shapes) < _REMEMBERED_SHAPES and len(names) <= _REMEMBERED_SHAPE_LENGTH:
+        _shapes[names] = shape
+    return shape
 
 
 def _check_status(status: str) -> None:

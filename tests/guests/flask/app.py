@@ -104,6 +104,11 @@ def upload():
     }
 
 
+@app.get("/copy")
+def copy():
+    return send_file("/tmp/copy", mimetype="image/png")
+
+
 @app.route("/form", methods=["GET", "POST"])
 def form():
     values = request.values
