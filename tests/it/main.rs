@@ -18,8 +18,12 @@ mod build;
 mod failures;
 /// Web frameworks as they are, doing what they are used for.
 mod frameworks;
+/// What stands around the apps: proxies, limits, logs, static files.
+mod front;
 /// Starts the binary, speaks HTTP with it, shows its log on failure.
 mod harness;
+/// HTTP/2 and TLS, by clients of their own.
+mod http2_tls;
 /// Environ, bodies and headers as an app sees them.
 mod requests;
 /// `serve` from start to stop.
@@ -28,3 +32,5 @@ mod serving;
 mod snapshot;
 /// Bodies of any size in bounded memory.
 mod streaming;
+/// Raw bytes in, responses out: the corpus in `tests/wire`.
+mod wire;
