@@ -398,6 +398,8 @@ struct Wire {
     /// What hyper reads in place of a request that was refused.
     stand_in: &'static [u8],
     is_refused: bool,
+    /// Why the body of a request can not be read to its end.
+    broken: Option<Failure>,
     /// When the wait began for the head or the rest of it.
     waiting: Option<Instant>,
     read_timer: Option<Pin<Box<Sleep>>>,
@@ -431,6 +433,7 @@ impl Wire {
             held,
             stand_in: b"",
             is_refused: false,
+            broken: None,
             waiting: None,
             read_timer: None,
             write_timer: None,
@@ -439,26 +442,22 @@ impl Wire {
             client_idle: limits.client_idle,
             closing: Closing::No,
         };
-        // Errors show at the first read.
-        let _ = wire.approve_held();
+        wire.approve_held();
         wire
     }
 
     /// Approves what is held and was not yet.
-    fn approve_held(&mut self) -> io::Result<()> {
+    fn approve_held(&mut self) {
         let Some(scan) = &mut self.scan else {
             self.approved = self.held.len();
-            return Ok(());
+            return;
         };
         match scan.approve(&self.held[self.approved..]) {
-            Ok(passed) => {
-                self.approved += passed;
-                Ok(())
-            }
+            Ok(passed) => self.approved += passed,
             Err((passed, failure)) => {
                 self.approved += passed;
                 self.held.truncate(self.approved);
-                self.refuse(failure)
+                self.refuse(failure);
             }
         }
     }
@@ -466,16 +465,16 @@ impl Wire {
     /// Ends what may be read of this connection. A head that breaks a rule
     /// is replaced by one that hyper takes, so that the request is answered
     /// and logged like any other; a body just breaks off.
-    fn refuse(&mut self, failure: Failure) -> io::Result<()> {
-        let Some(scan) = &self.scan else { return Ok(()) };
+    fn refuse(&mut self, failure: Failure) {
+        let Some(scan) = &self.scan else { return };
         self.is_refused = true;
-        if !scan.in_head() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, failure));
+        if scan.in_head() {
+            // Set once: nothing is read after a refusal.
+            let _ = self.link.refused.set((scan.heads() + 1, failure));
+            self.stand_in = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n";
+        } else {
+            self.broken = Some(failure);
         }
-        // Set once: nothing is read after a refusal.
-        let _ = self.link.refused.set((scan.heads() + 1, failure));
-        self.stand_in = b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n";
-        Ok(())
     }
 
     /// What remains to hand on of what is approved, then of the stand-in.
@@ -541,6 +540,9 @@ impl AsyncRead for Wire {
             if wire.hand_on(buffer) {
                 return Poll::Ready(Ok(()));
             }
+            if let Some(failure) = wire.broken {
+                return Poll::Ready(Err(io::Error::new(io::ErrorKind::InvalidData, failure)));
+            }
             if wire.is_refused {
                 // Neither more nor an end, which hyper would take for the
                 // client's leave: it closes after the response.
@@ -573,7 +575,7 @@ impl AsyncRead for Wire {
                     }
                     Err((passed, failure)) => {
                         buffer.set_filled(before + passed);
-                        wire.refuse(failure)?;
+                        wire.refuse(failure);
                         if passed > 0 {
                             return Poll::Ready(Ok(()));
                         }
@@ -591,12 +593,12 @@ impl AsyncRead for Wire {
                     wire.refuse(Failure::Refused(
                         http::StatusCode::REQUEST_TIMEOUT,
                         "the head of the request did not come in time",
-                    ))?;
+                    ));
                 }
                 // The client left in the middle of a head.
                 Poll::Ready(0) => return Poll::Ready(Ok(())),
                 Poll::Ready(_) => {
-                    wire.approve_held()?;
+                    wire.approve_held();
                     if wire.approved > 0 {
                         wire.waiting = None;
                     }

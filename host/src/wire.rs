@@ -227,7 +227,9 @@ impl HeadScan {
                     return Err(bad("Content-Length is not a number"));
                 }
                 let number = str::from_utf8(value).ok().and_then(|digits| digits.parse().ok());
-                self.length = Some(number.ok_or(bad("Content-Length is too large"))?);
+                let length: u64 = number.ok_or(bad("Content-Length is too large"))?;
+                // hyper keeps the largest numbers for purposes of its own.
+                self.length = Some(i64::try_from(length).map_err(|_| Failure::BodyTooLarge)?.unsigned_abs());
             }
             17 if name.eq_ignore_ascii_case(b"transfer-encoding") => {
                 if self.is_chunked {
@@ -266,7 +268,7 @@ fn split_field(line: &[u8]) -> Result<(&[u8], &[u8]), Failure> {
         return Err(bad("a header line is folded"));
     }
     let colon = line.iter().position(|byte| *byte == b':').ok_or(bad("a header line has no colon"))?;
-    let (name, value) = (&line[..colon], line[colon + 1..].trim_ascii());
+    let (name, value) = (&line[..colon], trim(&line[colon + 1..]));
     if name.is_empty() || !is_token(name) {
         return Err(bad("a header name is not a token"));
     }
@@ -279,14 +281,22 @@ fn split_field(line: &[u8]) -> Result<(&[u8], &[u8]), Failure> {
     Ok((name, value))
 }
 
+/// Takes away space and tabs, and no other white space (RFC 9110 section 5.6.3).
+fn trim(mut text: &[u8]) -> &[u8] {
+    while let [b' ' | b'\t', rest @ ..] | [rest @ .., b' ' | b'\t'] = text {
+        text = rest;
+    }
+    text
+}
+
 /// RFC 9112 section 6.1: a coding that we do not know is not implemented, and
 /// one where `chunked` is not the last has no end.
 fn unknown_coding(value: &[u8]) -> Failure {
-    let last = value.rsplit(|byte| *byte == b',').next().unwrap_or_default().trim_ascii();
-    let codings = value.split(|byte| *byte == b',').map(<[u8]>::trim_ascii);
+    let last = value.rsplit(|byte| *byte == b',').next().map(trim);
+    let codings = value.split(|byte| *byte == b',').map(trim);
     let is_list = codings.clone().all(|coding| !coding.is_empty() && is_token(coding));
     let chunked = codings.filter(|coding| coding.eq_ignore_ascii_case(b"chunked")).count();
-    if is_list && chunked == 1 && last.eq_ignore_ascii_case(b"chunked") {
+    if is_list && chunked == 1 && last.is_some_and(|last| last.eq_ignore_ascii_case(b"chunked")) {
         Failure::Refused(StatusCode::NOT_IMPLEMENTED, "the transfer coding is not known")
     } else {
         bad("Transfer-Encoding is not chunked")

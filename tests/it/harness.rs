@@ -169,7 +169,8 @@ impl Server {
             text.lines().find_map(|line| line.strip_prefix("listening on ").map(str::to_owned))
         });
         let line = line.expect("the server did not say where it listens");
-        server.address = line.strip_prefix("http://").map(|address| address.parse().unwrap());
+        let address = line.strip_prefix("http://").or(line.strip_prefix("https://"));
+        server.address = address.map(|address| address.parse().unwrap());
         server
     }
 
@@ -308,10 +309,15 @@ impl Connection {
     /// Reads a whole response to a request with `method`.
     #[track_caller]
     pub fn read_response(&mut self, method: &str) -> Response {
-        let mut response = self.read_head();
+        self.try_read_response(method).expect("no response")
+    }
+
+    /// Reads a whole response; none if the connection ends before it.
+    pub fn try_read_response(&mut self, method: &str) -> Option<Response> {
+        let mut response = self.try_read_head()?;
         let bodiless = method == "HEAD" || matches!(response.status, 204 | 304);
         if bodiless {
-            return response;
+            return Some(response);
         }
         if let Some(length) = response.header("content-length") {
             let mut body = vec![0; length.parse().unwrap()];
@@ -331,13 +337,17 @@ impl Connection {
         } else {
             response.cut = self.reader.read_to_end(&mut response.body).is_err();
         }
-        response
+        Some(response)
     }
 
     /// Reads the head of a response only.
     #[track_caller]
     pub fn read_head(&mut self) -> Response {
-        let status_line = self.read_line().expect("no response");
+        self.try_read_head().expect("no response")
+    }
+
+    fn try_read_head(&mut self) -> Option<Response> {
+        let status_line = self.read_line()?;
         let mut parts = status_line.splitn(3, ' ');
         let version = parts.next().unwrap();
         assert!(version.starts_with("HTTP/1."), "not a response: {status_line:?}");
@@ -352,7 +362,7 @@ impl Connection {
             let (name, value) = line.split_once(':').unwrap();
             headers.push((name.to_ascii_lowercase(), value.trim().to_owned()));
         }
-        Response { status, reason, headers, body: Vec::new(), cut: false }
+        Some(Response { status, reason, headers, body: Vec::new(), cut: false })
     }
 
     /// Reads one chunk of a chunked body; none if the connection broke.
@@ -367,6 +377,15 @@ impl Connection {
     /// Whether the server has closed the connection, with nothing left to read.
     pub fn is_closed(&mut self) -> bool {
         !matches!(self.reader.read(&mut [0]), Ok(1..))
+    }
+
+    /// Whether the server has sent something, or does so in this time.
+    pub fn has_answer(&mut self, time: Duration) -> bool {
+        let stream = self.reader.get_ref();
+        stream.set_read_timeout(Some(time)).unwrap();
+        let answered = !self.reader.buffer().is_empty() || stream.peek(&mut [0]).is_ok();
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        answered
     }
 
     /// The connection as a reader, for bodies that are too large to keep.

@@ -22,8 +22,12 @@ mod failures;
 mod files;
 /// Web frameworks as they are, doing what they are used for.
 mod frameworks;
+/// What stands around the apps: proxies, limits, logs, static files.
+mod front;
 /// Starts the binary, speaks HTTP with it, shows its log on failure.
 mod harness;
+/// HTTP/2 and TLS, by clients of their own.
+mod http2_tls;
 /// What a guest can reach on the network.
 mod network;
 /// Environ, bodies and headers as an app sees them.
@@ -40,5 +44,7 @@ mod streaming;
 mod tenants;
 /// Each guest with `wsgiref.validate` around its app.
 mod validated;
+/// Raw bytes in, responses out: the corpus in `tests/wire`.
+mod wire;
 /// PEP 3333 to the letter, and the extensions.
 mod wsgi;

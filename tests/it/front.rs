@@ -1,0 +1,342 @@
+use std::io::{Read as _, Write as _};
+use std::path::Path;
+use std::time::Duration;
+
+use crate::harness::{Response, Server, guest, run, wsgi_wasm};
+
+fn environ(response: Response) -> serde_json::Value {
+    serde_json::from_str(&response.ok()).unwrap()
+}
+
+#[test]
+fn headers_about_the_client_are_removed_unless_a_proxy_is_trusted() {
+    let headers: &[(&str, &str)] = &[
+        ("X-Forwarded-For", "203.0.113.7"),
+        ("X-Forwarded-Proto", "https"),
+        ("X-Forwarded-Host", "evil.example"),
+        ("X-Forwarded-Prefix", "/evil"),
+        ("X-Forwarded-Anything", "x"),
+        ("X-Real-IP", "203.0.113.7"),
+        ("Forwarded", "for=203.0.113.8;proto=https;host=other.example"),
+        ("X-Request-Id", "from-outside"),
+    ];
+    let ask = |server: &Server| environ(server.request("GET", "/show-environ", headers, b""));
+    for options in [&[][..], &["--trusted-proxy", "10.0.0.0/8", "--trusted-proxy", "unix"]] {
+        let server = Server::start("behaviours", options);
+        let environ = ask(&server);
+        assert_eq!(environ["REMOTE_ADDR"], "127.0.0.1");
+        assert_eq!(environ["HTTP_HOST"], "test.example");
+        assert_eq!((&environ["SCRIPT_NAME"], &environ["wsgi.url_scheme"]), (&"".into(), &"http".into()));
+        for name in environ.as_object().unwrap().keys() {
+            assert!(!name.starts_with("HTTP_X_FORWARDED") && name != "HTTP_FORWARDED", "{name} is there");
+            assert_ne!(name, "HTTP_X_REAL_IP");
+        }
+        server.finish();
+    }
+
+    let server = Server::start("behaviours", &["--trusted-proxy", "127.0.0.0/8"]);
+    let seen = ask(&server);
+    assert_eq!(seen["REMOTE_ADDR"], "203.0.113.7");
+    assert!(seen.get("REMOTE_PORT").is_none(), "the client's port is not known");
+    assert_eq!(seen["HTTP_HOST"], "evil.example");
+    assert_eq!(seen["SCRIPT_NAME"], "/evil");
+    assert_eq!((&seen["wsgi.url_scheme"], &seen["HTTPS"]), (&"https".into(), &"on".into()));
+    assert!(seen.get("HTTP_FORWARDED").is_none(), "the proxy does not set it");
+    assert_eq!(server.request("GET", "/hello", &[("X-Forwarded-Host", "a b")], b"").status, 400);
+    assert_eq!(server.request("GET", "/hello", &[("X-Forwarded-Prefix", "/../x")], b"").status, 400);
+    server.finish();
+
+    let options = ["--trusted-proxy", "127.0.0.1", "--forwarded", "forwarded", "--forwarded-hops", "2"];
+    let server = Server::start("behaviours", &options);
+    let chain = [("Forwarded", "for=6.6.6.6, for=\"[2001:db8::1]:99\";proto=https, for=10.0.0.1")];
+    let environ = environ(server.request("GET", "/show-environ", &chain, b""));
+    assert_eq!((&environ["REMOTE_ADDR"], &environ["REMOTE_PORT"]), (&"2001:db8::1".into(), &"99".into()));
+    assert_eq!(environ["wsgi.url_scheme"], "https");
+    server.finish();
+}
+
+#[test]
+fn the_proxy_protocol_names_the_client() {
+    let server = Server::start("behaviours", &["--proxy-protocol"]);
+    let request = "GET /show-environ HTTP/1.1\r\nHost: x\r\n\r\n";
+    let mut connection = server.connect();
+    connection.send(format!("PROXY TCP4 203.0.113.7 192.0.2.1 5000 443\r\n{request}"));
+    let environ: serde_json::Value = serde_json::from_str(&connection.read_response("GET").ok()).unwrap();
+    assert_eq!((&environ["REMOTE_ADDR"], &environ["REMOTE_PORT"]), (&"203.0.113.7".into(), &"5000".into()));
+    assert_eq!((&environ["SERVER_NAME"], &environ["SERVER_PORT"]), (&"192.0.2.1".into(), &"443".into()));
+    let mut connection = server.connect();
+    connection.send(request);
+    assert!(connection.is_closed(), "a connection without the header is served");
+    server.finish();
+}
+
+#[test]
+fn sockets_are_taken_over_from_the_service_manager() {
+    use std::os::fd::OwnedFd;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    // Descriptors that are passed begin with 3.
+    let mut command = std::process::Command::new("sh");
+    command
+        .args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" serve \"$1\" 3<&0 0</dev/null"])
+        .arg(env!("CARGO_BIN_EXE_wsgi-wasm"))
+        .arg(guest("behaviours"))
+        .env("WSGI_WASM_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"))
+        .stdin(OwnedFd::from(listener));
+    let server = Server::spawn(&mut command);
+    assert_eq!(server.address(), address);
+    assert_eq!(server.stdout().lines().count(), 1, "{}", server.stdout());
+    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    server.finish();
+}
+
+#[test]
+fn connections_are_closed_when_idle_spent_or_too_many() {
+    let server = Server::start(
+        "behaviours",
+        &["--keep-alive", "300ms", "--keep-alive-requests", "2", "--max-connections-per-client", "3"],
+    );
+    let mut idle = server.connect();
+    idle.send_request("GET", "/hello", &[], b"");
+    assert_eq!(idle.read_response("GET").ok(), "Hello, world!\n");
+    assert!(idle.is_closed(), "an idle connection stays open");
+    let mut spent = server.connect();
+    spent.send_request("GET", "/hello", &[], b"");
+    assert_eq!(spent.read_response("GET").header("connection"), None);
+    spent.send_request("GET", "/hello", &[], b"");
+    let last = spent.read_response("GET");
+    assert_eq!(last.header("connection"), Some("close"));
+    assert!(spent.is_closed());
+    // A response that takes longer than the idle time is not cut.
+    assert_eq!(server.get("/sleep?0.6").ok(), "slept");
+
+    let mut streams: Vec<_> = (0..3)
+        .map(|_| {
+            let mut connection = server.connect();
+            connection.send_request("GET", "/stream-for-ever", &[], b"");
+            assert_eq!(connection.read_head().status, 200);
+            connection
+        })
+        .collect();
+    assert!(server.connect().is_closed(), "one more than allowed is served");
+    streams.pop();
+    server.wait_for_log(&["closed pieces"]);
+    // The server notices the close before it ends the app's iterator.
+    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+}
+
+#[test]
+fn the_access_log_tells_what_happened() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("access.log");
+    let name = file.to_str().unwrap();
+    let options = ["--access-log", "json", "--access-log-file", name, "--trusted-proxy", "127.0.0.1"];
+    let server = Server::start("behaviours", &options);
+    let headers = [("X-Request-Id", "given-1"), ("X-Forwarded-For", "203.0.113.7"), ("User-Agent", "a\"b")];
+    server.request("GET", "/hello?q", &headers, b"").ok();
+    let failed = server.request("GET", "/fail", &[("X-Request-Id", "given-2")], b"");
+    assert!(failed.text().contains("request given-2"), "{}", failed.text());
+    server.wait_for_log(&["given-2", "Traceback"]);
+    let unfit = server.request("GET", "/fail", &[("X-Request-Id", "two words")], b"");
+    assert!(!unfit.text().contains("two words"));
+    server.get("/stream").ok();
+    assert!(server.get("/stream-too-little").cut);
+    let mut bad = server.connect();
+    bad.send("GET / HTTP/1.1\r\nBad : x\r\n\r\n");
+    let refused = bad.read_response("GET");
+    assert_eq!(refused.status, 400);
+    server.finish();
+    let log = std::fs::read_to_string(&file).unwrap();
+    let lines: Vec<serde_json::Value> = log.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(lines.len(), 6, "{log}");
+    let first = &lines[0];
+    for (key, value) in [
+        ("client", "203.0.113.7"),
+        ("method", "GET"),
+        ("target", "/hello?q"),
+        ("protocol", "HTTP/1.1"),
+        ("host", "test.example"),
+        ("user_agent", "a\"b"),
+        ("app", "behaviours"),
+        ("request", "given-1"),
+    ] {
+        assert_eq!(first[key], value, "{key}");
+    }
+    assert_eq!((first["status"].as_u64(), first["bytes"].as_u64()), (Some(200), Some(14)));
+    assert_eq!(first["whole"], true);
+    let seconds = |key: &str| first[key].as_f64().unwrap();
+    assert!(seconds("guest") > 0.0 && seconds("guest") + seconds("queue") <= seconds("total"), "{first}");
+    assert_eq!((&lines[1]["status"], &lines[1]["request"]), (&500.into(), &"given-2".into()));
+    assert_eq!((&lines[3]["bytes"], &lines[3]["whole"]), (&24.into(), &true.into()));
+    assert_eq!((&lines[4]["status"], &lines[4]["whole"]), (&200.into(), &false.into()));
+    assert_eq!((&lines[5]["status"], &lines[5]["method"]), (&400.into(), &serde_json::Value::Null));
+    assert!(refused.text().contains(lines[5]["request"].as_str().unwrap()));
+
+    let server = Server::start("behaviours", &["--access-log", "combined"]);
+    server.request("GET", "/hello", &[("User-Agent", "a\"b\\c")], b"").ok();
+    let line = server.wait_for_log(&["\"GET /hello HTTP/1.1\" 200 14 \"-\""]);
+    assert!(line.starts_with("127.0.0.1 - - ["), "{line}");
+    assert!(line.contains(r#""a\"b\\c" app=behaviours request="#), "{line}");
+    server.finish();
+}
+
+#[test]
+fn static_files_are_served_without_the_app() {
+    let directory = tempfile::tempdir().unwrap();
+    let root = directory.path().join("public");
+    std::fs::create_dir_all(root.join("css")).unwrap();
+    std::fs::create_dir_all(root.join(".git")).unwrap();
+    std::fs::write(directory.path().join("secret"), "secret").unwrap();
+    std::fs::write(root.join("css/a b.css"), "body {}").unwrap();
+    std::fs::write(root.join("css/a b.css.gz"), "not really gzip").unwrap();
+    std::fs::write(root.join(".env"), "SECRET=1").unwrap();
+    std::fs::write(root.join(".git/config"), "secret").unwrap();
+    let large: Vec<u8> = (0..3_000_000u32).map(|index| (index * 7 >> 5) as u8).collect();
+    std::fs::write(root.join("large.bin"), &large).unwrap();
+    std::os::unix::fs::symlink("../secret", root.join("link")).unwrap();
+    std::os::unix::fs::symlink("/etc/passwd", root.join("absolute")).unwrap();
+    let option = format!("/static/={}", root.display());
+    let server = Server::start("behaviours", &["--static", &option]);
+
+    let found = server.get("/static/css/a%20b.css");
+    assert_eq!(found.header("content-type"), Some("text/css; charset=utf-8"));
+    assert_eq!(found.header("x-content-type-options"), Some("nosniff"));
+    let tag = found.header("etag").unwrap().to_owned();
+    let date = found.header("last-modified").unwrap().to_owned();
+    assert_eq!(found.ok(), "body {}");
+    let ask = |path: &str, headers: &[(&str, &str)]| server.request("GET", path, headers, b"");
+    let css = "/static/css/a%20b.css";
+    assert_eq!(ask(css, &[("If-None-Match", &tag)]).status, 304);
+    assert_eq!(ask(css, &[("If-None-Match", "\"other\"")]).status, 200);
+    assert_eq!(ask(css, &[("If-Modified-Since", &date)]).status, 304);
+    assert_eq!(ask(css, &[("If-None-Match", "\"other\""), ("If-Modified-Since", &date)]).status, 200);
+    assert_eq!(ask(css, &[("If-Match", "\"other\"")]).status, 412);
+    let packed = ask(css, &[("Accept-Encoding", "gzip, br")]);
+    assert_eq!(packed.header("content-encoding"), Some("gzip"));
+    assert_ne!(packed.header("etag"), Some(&*tag));
+    assert_eq!(packed.ok(), "not really gzip");
+    assert_eq!(ask(css, &[("Accept-Encoding", "gzip;q=0")]).ok(), "body {}");
+
+    let whole = server.get("/static/large.bin");
+    assert!(whole.body == large && !whole.cut);
+    let part = ask("/static/large.bin", &[("Range", "bytes=1000000-1999999")]);
+    assert_eq!((part.status, part.header("content-range")), (206, Some("bytes 1000000-1999999/3000000")));
+    assert!(part.body == large[1_000_000..2_000_000]);
+    let beyond = ask("/static/large.bin", &[("Range", "bytes=3000000-")]);
+    assert_eq!((beyond.status, beyond.header("content-range")), (416, Some("bytes */3000000")));
+    let stale = ask("/static/large.bin", &[("Range", "bytes=0-9"), ("If-Range", "\"other\"")]);
+    assert_eq!(stale.status, 200);
+    let head = server.request("HEAD", "/static/large.bin", &[], b"");
+    assert_eq!((head.status, head.header("content-length")), (200, Some("3000000")));
+    let post = server.post("/static/large.bin", &[], b"x");
+    assert_eq!((post.status, post.header("allow")), (405, Some("GET, HEAD")));
+
+    for path in [
+        "/static/none",
+        "/static/",
+        "/static/css",
+        "/static/css/",
+        "/static/.env",
+        "/static/.git/config",
+        "/static/../secret",
+        "/static/%2e%2e/secret",
+        "/static/..%2fsecret",
+        "/static//etc/passwd",
+        "/static/css/../large.bin",
+        "/static/link",
+        "/static/absolute",
+        "/static/large.bin%00.css",
+    ] {
+        let response = server.get(path);
+        assert_eq!(response.status, 404, "{path}");
+        assert!(response.text().starts_with("404 Not Found\nrequest "), "{path}: {}", response.text());
+    }
+    assert_eq!(server.get("/staticfile").text(), "no such route");
+    assert_eq!(server.get("/static").text(), "no such route");
+    server.finish();
+}
+
+#[test]
+fn responses_are_compressed_where_they_may_be() {
+    let server = Server::start("behaviours", &["--compress"]);
+    let mut connection = server.connect();
+    let ask = |path: &str, coding: &str| server.request("GET", path, &[("Accept-Encoding", coding)], b"");
+    let plain = ask("/show-environ", "identity");
+    assert_eq!((plain.header("content-encoding"), plain.header("vary")), (None, Some("accept-encoding")));
+    let packed = ask("/show-environ", "gzip");
+    assert_eq!((packed.header("content-encoding"), packed.header("content-length")), (Some("gzip"), None));
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(&*packed.body).read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"PATH_INFO\": \"/show-environ\""), "{text}");
+    let packed = ask("/show-environ", "gzip, br");
+    assert_eq!(packed.header("content-encoding"), Some("br"));
+    let mut text = String::new();
+    brotli::Decompressor::new(&*packed.body, 4096).read_to_string(&mut text).unwrap();
+    assert!(text.contains("\"PATH_INFO\": \"/show-environ\""), "{text}");
+    // Too short, and no text.
+    for path in ["/hello", "/large?1"] {
+        assert_eq!(ask(path, "gzip").header("content-encoding"), None, "{path}");
+    }
+    // Each piece can be read when it was sent, though the app has not ended.
+    connection.send_request("GET", "/stream-for-ever", &[("Accept-Encoding", "gzip")], b"");
+    assert_eq!(connection.read_head().header("content-encoding"), Some("gzip"));
+    let mut decoder = flate2::write::GzDecoder::new(Vec::new());
+    while !decoder.get_ref().ends_with(b"piece 3\n") {
+        let chunk = connection.read_chunk().unwrap();
+        decoder.write_all(&chunk).unwrap();
+        decoder.flush().unwrap();
+    }
+    drop(connection);
+    // What breaks off does so compressed, too.
+    let broken = ask("/stream-then-fail", "br");
+    assert!(broken.cut);
+    server.finish();
+}
+
+#[test]
+fn a_head_that_trickles_in_is_a_408() {
+    let server = Server::start("behaviours", &["--header-timeout", "400ms"]);
+    let mut slow = server.connect();
+    // Each byte comes in time; the head as a whole does not.
+    while slow.try_send(b"G").is_ok() && !slow.has_answer(Duration::from_millis(20)) {}
+    assert_eq!(slow.read_response("GET").status, 408);
+    server.finish();
+}
+
+#[test]
+fn bad_options_of_the_front_are_refused_before_anything_listens() {
+    let app = guest("behaviours");
+    let app = app.to_str().unwrap();
+    let serve = |arguments: &[&str]| run(wsgi_wasm().arg("serve").arg(app).args(arguments));
+    serve(&["--trusted-proxy", "10.0.0.0/99"]).refused(&["10.0.0.0/99", "help:"]);
+    serve(&["--static", "nothing"]).refused(&["nothing", "--static /static=public", "help:"]);
+    serve(&["--static", "/x=/no/such/directory"]).refused(&["/no/such/directory", "No such file", "help:"]);
+    serve(&["--tls-cert", "a.pem"]).refused(&["1 certificates and 0 keys", "--tls-key", "help:"]);
+    serve(&["--tls-cert", "/none.pem", "--tls-key", "/none.key"]).refused(&["/none.pem", "help:"]);
+    serve(&["--tls-client-ca", "a.pem"]).refused(&["--tls-cert"]);
+    serve(&["--access-log", "json", "--access-log-file", "/no/such/dir/log"])
+        .refused(&["/no/such/dir/log", "help:"]);
+    for (option, value) in [("--access-log", "xml"), ("--forwarded-hops", "0"), ("--max-headers", "0")] {
+        serve(&[option, value]).refused(&[option]);
+    }
+    let help = run(wsgi_wasm().args(["serve", "--help"])).success().stdout;
+    for limit in [
+        "--max-header-size",
+        "--max-headers",
+        "--max-uri",
+        "--header-timeout",
+        "--min-rate",
+        "--client-timeout",
+        "--keep-alive",
+        "--keep-alive-requests",
+        "--max-connections",
+        "--max-connections-per-client",
+        "--http2-streams",
+        "--http2-resets",
+    ] {
+        let start = help.find(&format!("{limit} <")).unwrap_or_else(|| panic!("no {limit} in the help"));
+        let rest = &help[start..];
+        let end = rest[2..].find("\n      --").map_or(rest.len(), |end| end + 2);
+        assert!(rest[..end].contains("[default: "), "{limit} states no default");
+    }
+}
