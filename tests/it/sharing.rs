@@ -93,8 +93,19 @@ fn inspect_tells_how_the_code_is_laid_out() {
     let text = run(wsgi_wasm().arg("inspect").arg(guest("flask"))).success().stdout;
     assert!(text.contains("shared by all apps with skeleton"), "{text}");
 
-    // An empty component, which every other tool can make.
+    // A shim that calls the wrong slot is valid, and only its author's affair.
+    let mut forged = std::fs::read(guest("bottle")).unwrap();
+    let call_slot_5 = [0x41, 5, 0x11]; // i32.const 5, call_indirect
+    let shim = forged.windows(8).rposition(|bytes| bytes == b"$imports").unwrap();
+    let place = forged[..shim].windows(3).rposition(|bytes| bytes == call_slot_5).unwrap();
+    forged[place + 1] = 6;
     let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("forged.wasm");
+    std::fs::write(&path, forged).unwrap();
+    let text = run(wsgi_wasm().arg("inspect").arg(&path)).success().stdout;
+    assert!(text.contains("not merged: the shim is not as expected"), "{text}");
+
+    // An empty component, which every other tool can make.
     let empty = directory.path().join("empty.wasm");
     std::fs::write(&empty, b"\0asm\x0d\0\x01\0").unwrap();
     let text = run(wsgi_wasm().arg("inspect").arg(&empty)).success().stdout;
