@@ -60,7 +60,7 @@ pub fn load(engine: &Engine, name: &str, project: &ProjectArgs, grants: &GrantAr
         memory: usize::try_from(grants.memory.0).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
-        network: Arc::new(NetworkGrants { rules: grants.network.clone(), bytes: grants.network_quota.0 }),
+        network: Arc::new(NetworkGrants::new(grants.network.clone(), grants.network_quota.0)),
     };
     Ok(LoadedApp { program, grants })
 }

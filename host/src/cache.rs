@@ -112,6 +112,11 @@ impl Cache {
         Ok(Cache { root })
     }
 
+    /// The directory that all entries are in.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
     /// The entry `key`, if it is there.
     pub fn get(&self, bucket: Bucket, key: &str) -> Option<PathBuf> {
         let path = self.path(bucket, key);

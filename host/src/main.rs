@@ -26,6 +26,7 @@ mod key_derivation;
 mod network;
 mod pool;
 mod request_id;
+mod sandbox;
 mod serve;
 mod units;
 

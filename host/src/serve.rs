@@ -21,12 +21,14 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::app::{self, LoadedApp};
+use crate::cache::Cache;
 use crate::cli::ServeArgs;
 use crate::engine::{self, EpochTicker};
 use crate::environ::Connection;
 use crate::error::UserError;
 use crate::handler::{self, App, RequestLimits};
 use crate::pool::{Pool, PoolSettings};
+use crate::sandbox::{self, Paths};
 
 /// Bytes of a request's head that hyper buffers, and of a response before it
 /// writes. Its least is 8 KiB.
@@ -49,8 +51,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let engine = engine::runner(u32::try_from(settings.capacity()).unwrap_or(u32::MAX))
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
-    let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let LoadedApp { program, grants } = app::load(&engine, &args.app, &args.project, &args.grants)?;
+    // Before the first thread: not all of it reaches those that run already.
+    sandbox::apply(args.sandbox, &paths_in_use(&addresses, args.grants.data.as_deref())?)?;
+    let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()
         .build()
@@ -74,6 +78,19 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     // Whatever is left had its grace.
     runtime.shutdown_timeout(Duration::from_millis(100));
     served
+}
+
+/// The paths that the server uses once its app is loaded.
+fn paths_in_use(addresses: &[Address], data: Option<&Path>) -> Result<Paths> {
+    let mut write = vec![Cache::open()?.root().to_path_buf()];
+    write.extend(data.map(Path::to_path_buf));
+    write.extend(addresses.iter().filter_map(|address| match address {
+        Address::Unix(path) => path.parent().map(|parent| {
+            if parent.as_os_str().is_empty() { PathBuf::from(".") } else { parent.to_path_buf() }
+        }),
+        Address::Tcp(_) => None,
+    }));
+    Ok(Paths { read: Vec::new(), write })
 }
 
 /// What every connection needs.

@@ -26,6 +26,8 @@ mod harness;
 mod network;
 /// Environ, bodies and headers as an app sees them.
 mod requests;
+/// The wall around the server's own process.
+mod sandbox;
 /// `serve` from start to stop.
 mod serving;
 /// The heap that the app wakes up in: randomness, environment, files.
