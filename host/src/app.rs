@@ -48,7 +48,7 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) 
         files,
         share,
         scheduler: Arc::clone(&shared.scheduler),
-        network: Arc::new(config.network.clone()),
+        network: Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),
     };
     Ok((program, grants))
 }
@@ -84,7 +84,8 @@ pub fn only_tenant(
                 .clone()
                 .map(|path| (path, Quota { bytes: grants.data_quota.0, files: grants.data_files })),
         },
-        network: NetworkGrants { rules: grants.network.clone(), bytes: grants.network_quota.0 },
+        network: grants.network.clone(),
+        traffic: grants.network_quota.0,
         health: None,
         weight: 1,
     })

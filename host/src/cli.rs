@@ -10,6 +10,7 @@ use crate::code::Sharing;
 use crate::forwarded::Dialect;
 use crate::network::Rule;
 use crate::pool::Isolation;
+use crate::sandbox::Sandbox;
 use crate::units::{Size, Time};
 
 /// Hosts Python WSGI apps in WebAssembly sandboxes.
@@ -133,6 +134,9 @@ pub struct ServeArgs {
     /// Time to finish what is running after SIGTERM or SIGINT
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub grace: Time,
+    /// Whether the server confines its own process once the app is loaded
+    #[arg(long, value_enum, default_value_t)]
+    pub sandbox: Sandbox,
     #[command(flatten)]
     pub http: HttpArgs,
     #[command(flatten)]

@@ -416,7 +416,7 @@ mod tests {
                 &FileGrants { temporary: crate::config::DEFAULT_TEMPORARY, data: None },
             )
             .unwrap(),
-            network: Arc::new(NetworkGrants { rules: Vec::new(), bytes: 0 }),
+            network: Arc::new(NetworkGrants::new(Vec::new(), 0)),
             share: Share::new(1, None),
             scheduler: Scheduler::new(),
         };

@@ -21,7 +21,7 @@ use crate::environ::script_name;
 use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::{FileGrants, memory};
-use crate::network::{NetworkGrants, Rule};
+use crate::network::Rule;
 use crate::pool::Isolation;
 use crate::units::{Size, Time};
 
@@ -219,7 +219,9 @@ pub struct TenantConfig {
     /// Its `/tmp`, and the directory that it sees as `/data`.
     pub files: FileGrants,
     /// What it may connect to.
-    pub network: NetworkGrants,
+    pub network: Vec<Rule>,
+    /// Bytes that an instance may send and receive over its connections.
+    pub traffic: u64,
     /// A path that a healthy app answers with a status below 400.
     pub health: Option<String>,
     /// Share of the processors, relative to others.
@@ -591,7 +593,7 @@ fn resolve_tenant(
         }
     }
     let traffic = section.limits.network.or(defaults.limits.network);
-    let network = NetworkGrants { rules, bytes: traffic.map_or(DEFAULT_TRAFFIC, |traffic| traffic.0) };
+    let traffic = traffic.map_or(DEFAULT_TRAFFIC, |traffic| traffic.0);
     let health = section.health.clone().or_else(|| defaults.health.clone());
     if let Some(health) = health.as_ref().filter(|health| !health.starts_with('/')) {
         note(format!("the health path `{health}` has to start with `/`"));
@@ -631,7 +633,8 @@ fn resolve_tenant(
         limits: resolve_limits(&section.limits, &defaults.limits),
         environment: Environment(environment),
         files: FileGrants { temporary, data },
-        network,
+        network: rules,
+        traffic,
         health,
         weight,
     })

@@ -101,7 +101,7 @@ impl FileSpace {
         let (path, holder) = (below(DATA)?.to_owned(), Arc::clone(self.data.as_ref()?));
         let open = move || {
             let options = Options::default();
-            let Opened::File(file) = holder.root().ok()?.open(&path, true, options).ok()? else {
+            let Opened::File(file) = holder.root().open(&path, true, options).ok()? else {
                 return None;
             };
             let file = file.file().try_clone().ok()?;

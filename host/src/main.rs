@@ -37,6 +37,7 @@ mod network;
 mod pool;
 mod proxy_protocol;
 mod request_id;
+mod sandbox;
 mod scheduler;
 mod serve;
 mod stall;

@@ -7,10 +7,10 @@
 //! link-local addresses need a grant of their own, as an address or a range.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -37,8 +37,11 @@ const MAX_SOCKETS: usize = 64;
 const MAX_ADDRESSES: usize = 1024;
 /// How long a lookup may take.
 const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
-/// Lookups under way at a time, of all instances: each takes a thread.
-static LOOKUPS: Semaphore = Semaphore::const_new(32);
+/// Lookups under way at a time, of all apps: each takes a thread, until the
+/// C library gives up.
+static LOOKUPS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(64)));
+/// The same of one app.
+const MAX_LOOKUPS: usize = 4;
 /// Refusals that an instance may log.
 const MAX_REFUSALS: u64 = 20;
 
@@ -61,12 +64,19 @@ enum Whom {
 }
 
 /// The network grants of an app.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct NetworkGrants {
-    /// What may be reached.
-    pub rules: Vec<Rule>,
-    /// Bytes that an instance may send and receive in its life.
-    pub bytes: u64,
+    rules: Vec<Rule>,
+    bytes: u64,
+    lookups: Arc<Semaphore>,
+}
+
+impl NetworkGrants {
+    /// Grants `rules`, and each instance so many `bytes` to send and receive
+    /// in its life.
+    pub fn new(rules: Vec<Rule>, bytes: u64) -> NetworkGrants {
+        NetworkGrants { rules, bytes, lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
+    }
 }
 
 /// What one instance may reach, and how far it has used that.
@@ -258,11 +268,21 @@ impl Reach {
     /// Looks a granted name up.
     async fn look_up(&self, name: String) -> Result<VecDeque<IpAddr>, ErrorCode> {
         let lookup = async {
-            let _permit = LOOKUPS.acquire().await;
-            tokio::net::lookup_host((&*name, 0)).await
+            // None of the two is ever closed. Held until the thread is free,
+            // which may be long after nobody waits any more.
+            let permits = (
+                Arc::clone(&self.0.grants.lookups).acquire_owned().await,
+                Arc::clone(&LOOKUPS).acquire_owned().await,
+            );
+            let name = name.clone();
+            let lookup = move || {
+                let _permits = permits;
+                (&*name, 0).to_socket_addrs().map(|addresses| addresses.collect::<Vec<_>>())
+            };
+            tokio::task::spawn_blocking(lookup).await.unwrap_or_else(|error| Err(error.into()))
         };
         let addresses = match tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await {
-            Ok(Ok(addresses)) => addresses.map(|address| address.ip().to_canonical()),
+            Ok(Ok(addresses)) => addresses.into_iter().map(|address| address.ip().to_canonical()),
             Ok(Err(_)) => return Err(ErrorCode::NameUnresolvable),
             Err(_) => return Err(ErrorCode::TemporaryResolverFailure),
         };
@@ -588,7 +608,7 @@ mod tests {
 
     fn reach(rules: &[&str]) -> Reach {
         let rules = rules.iter().map(|rule| rule.parse().unwrap()).collect();
-        Reach::new("app".into(), Arc::new(NetworkGrants { rules, bytes: 1000 }))
+        Reach::new("app".into(), Arc::new(NetworkGrants::new(rules, 1000)))
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Everything that can be wrong is found before the first socket is bound.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,6 +22,7 @@ use crate::error::UserError;
 use crate::forwarded::Proxies;
 use crate::front::Front;
 use crate::listener::{self, Address, Inherited, Listener};
+use crate::sandbox::{self, Paths};
 use crate::scheduler::processors;
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
@@ -56,6 +57,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let engine = engine::runner(plan.instances)
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
+    // Before the first thread: not all of it reaches those that run already.
+    sandbox::apply(args.sandbox, &paths_in_use(args, &plan, &cache, &addresses)?)?;
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Twice as many threads as guests may compute on for long: see `scheduler`.
@@ -207,6 +210,37 @@ impl Plan {
             source: Box::new(move || Ok(vec![tenant.clone()])),
         })
     }
+}
+
+/// The paths that the server uses while it serves.
+fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Address]) -> Result<Paths> {
+    let parent = |path: &Path| match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    };
+    let mut write = vec![cache.root().to_path_buf()];
+    let statics = args.http.static_files.iter().filter_map(|text| text.split_once('='));
+    let mut read: Vec<PathBuf> = statics.map(|(_, directory)| directory.into()).collect();
+    for tenant in (plan.source)()? {
+        read.push(parent(&tenant.app));
+        write.extend(tenant.files.data.map(|(path, _)| path));
+    }
+    write.extend(addresses.iter().filter_map(|address| match address {
+        Address::Unix(path) => Some(parent(path)),
+        Address::Tcp(..) => None,
+    }));
+    write.extend(plan.control.as_deref().map(parent));
+    write.extend(plan.state.as_deref().map(parent));
+    let http = &args.http;
+    let certificates = http.tls_cert.iter().chain(&http.tls_key).chain(&http.tls_client_ca);
+    read.extend(certificates.map(|path| parent(path)));
+    if !plan.watched.is_empty() {
+        // Tenants come while the server runs: their apps from anywhere, their
+        // data directories below the one with the configuration.
+        read.push("/".into());
+        write.extend(plan.watched.iter().map(|path| if path.is_dir() { path.clone() } else { parent(path) }));
+    }
+    Ok(Paths { read, write })
 }
 
 /// What the server does besides answering.

@@ -32,6 +32,8 @@ mod http2_tls;
 mod network;
 /// Environ, bodies and headers as an app sees them.
 mod requests;
+/// The wall around the server's own process.
+mod sandbox;
 /// `serve` from start to stop.
 mod serving;
 /// Whole, split and merged code do the same.

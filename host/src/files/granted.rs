@@ -30,7 +30,7 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, Result, bail};
 use cap_std::fs::{Dir, MetadataExt as _, OpenOptions, OpenOptionsExt as _, ReadDir};
@@ -51,6 +51,8 @@ const MAX_OPEN: usize = 64;
 const MAX_OPEN_TOGETHER: usize = 512;
 /// Locks of instances that are remembered.
 const MAX_LOCKS: usize = 1024;
+/// Time after which the log says again that a quota is used up.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
 /// Ends the name of a lock of SQLite.
 const LOCK: &str = ".lock";
 
@@ -80,8 +82,8 @@ pub struct Grant {
     /// The locks of SQLite that instances hold.
     locks: Mutex<HashMap<Key, Lock>>,
     holders: AtomicU64,
-    /// Whether it was said that the quota is used up.
-    told: AtomicBool,
+    /// When the log said last that the quota is used up.
+    told: Mutex<Option<Instant>>,
     /// Holds a shared `flock` on the directory: another process sees that it
     /// is in use.
     _presence: std::fs::File,
@@ -127,7 +129,9 @@ pub struct Directory {
     directory: Arc<Dir>,
     /// Directories above it in the grant.
     depth: usize,
-    slot: Slot,
+    holder: Arc<Holder>,
+    /// None for the granted directory itself, which all share.
+    _slot: Option<Slot>,
 }
 
 /// An open file.
@@ -226,7 +230,7 @@ impl Grant {
             nodes: Mutex::default(),
             locks: Mutex::default(),
             holders: AtomicU64::new(0),
-            told: AtomicBool::new(false),
+            told: Mutex::default(),
             _presence: presence,
         }))
     }
@@ -248,7 +252,6 @@ impl Grant {
 
     fn give_bytes(&self, less: u64) {
         give(&self.bytes, less);
-        self.told.store(false, Ordering::Relaxed);
     }
 
     fn take_file(&self) -> Result<(), ErrorCode> {
@@ -257,7 +260,6 @@ impl Grant {
 
     fn give_file(&self) {
         give(&self.files, 1);
-        self.told.store(false, Ordering::Relaxed);
     }
 
     fn take(&self, used: &AtomicU64, max: &AtomicU64, more: u64) -> Result<(), ErrorCode> {
@@ -266,7 +268,9 @@ impl Grant {
         if used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, within).is_ok() {
             return Ok(());
         }
-        if !self.told.swap(true, Ordering::Relaxed) {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        if told.is_none_or(|told| told.elapsed() > TELL_AGAIN) {
+            *told = Some(Instant::now());
             let (bytes, files) = self.used();
             tracing::warn!(
                 "the quota of `{}` is used up: {} in {files} files; raise it with `--data-quota` or `--data-files`",
@@ -326,7 +330,7 @@ fn scan(
         let name = entry.file_name();
         if metadata.is_dir() {
             if clean && name.to_str().is_some_and(|name| remove_lock(directory, name)) {
-                tracing::info!("removed the stale lock `{}`", name.display());
+                tracing::info!("removed the stale lock {name:?}");
                 continue;
             }
             usage.files += 1;
@@ -366,8 +370,9 @@ fn remove_lock(directory: &Dir, path: &str) -> bool {
 
 impl Holder {
     /// The granted directory itself.
-    pub fn root(self: &Arc<Self>) -> Result<Directory, ErrorCode> {
-        Ok(Directory { directory: Arc::clone(&self.grant.root), depth: 0, slot: self.slot()? })
+    pub fn root(self: &Arc<Self>) -> Directory {
+        let directory = Arc::clone(&self.grant.root);
+        Directory { directory, depth: 0, holder: Arc::clone(self), _slot: None }
     }
 
     fn slot(self: &Arc<Self>) -> Result<Slot, ErrorCode> {
@@ -394,6 +399,7 @@ impl Drop for Holder {
         let grant = Arc::clone(&self.grant);
         let release = move || {
             let _names = grant.names.write().unwrap_or_else(PoisonError::into_inner);
+            let mut released = Vec::new();
             for (key, Lock { directory, path, .. }) in held {
                 let metadata = directory.symlink_metadata(&path);
                 if let Ok(metadata) = metadata
@@ -401,11 +407,16 @@ impl Drop for Holder {
                     && remove_lock(&directory, &path)
                 {
                     grant.forget(&metadata);
-                    tracing::info!(
-                        "released the lock `{path}` in `{}` of an instance that is gone",
-                        grant.path.display()
-                    );
+                    released.push(path);
                 }
+            }
+            // The names are the guest's own words.
+            if let Some(first) = released.first() {
+                tracing::info!(
+                    "released {} of an instance that is gone, such as {first:?}, in `{}`",
+                    if released.len() == 1 { "the lock".into() } else { format!("{} locks", released.len()) },
+                    grant.path.display()
+                );
             }
         };
         match tokio::runtime::Handle::try_current() {
@@ -462,7 +473,7 @@ impl Node {
 
 impl Directory {
     fn grant(&self) -> &Arc<Grant> {
-        &self.slot.0.grant
+        &self.holder.grant
     }
 
     /// Directories above what `path` names, at most.
@@ -475,7 +486,7 @@ impl Directory {
     /// Opens what is at `path`.
     pub fn open(&self, path: &str, follow: bool, options: Options) -> Result<Opened, ErrorCode> {
         let depth = self.depth_of(path)?;
-        let slot = self.slot.0.slot()?;
+        let slot = self.holder.slot()?;
         let Options { create, exclusive, truncate, directory, write } = options;
         let grant = self.grant();
         let (_reading, _writing);
@@ -509,7 +520,8 @@ impl Directory {
         let metadata = file.metadata()?;
         if metadata.is_dir() {
             let directory = Arc::new(Dir::from_std_file(file));
-            return Ok(Opened::Directory(Directory { directory, depth, slot }));
+            let holder = Arc::clone(&self.holder);
+            return Ok(Opened::Directory(Directory { directory, depth, holder, _slot: Some(slot) }));
         }
         if !metadata.is_file() {
             return Err(ErrorCode::NotPermitted);
@@ -570,7 +582,7 @@ impl Directory {
             let mut locks = grant.locks();
             if locks.len() < MAX_LOCKS {
                 let (directory, path) = (Arc::clone(&self.directory), path.to_owned());
-                locks.insert(key(&metadata), Lock { holder: self.slot.0.number, directory, path });
+                locks.insert(key(&metadata), Lock { holder: self.holder.number, directory, path });
             }
         }
         Ok(())
@@ -650,7 +662,7 @@ impl Directory {
 
     /// The entries of this directory.
     pub fn list(&self) -> Result<Listing, ErrorCode> {
-        let slot = self.slot.0.slot()?;
+        let slot = self.holder.slot()?;
         Ok(Listing { entries: self.directory.entries()?, _slot: slot })
     }
 

@@ -329,8 +329,8 @@ impl preopens::Host for FileView<'_> {
         let temporary = self.space.temporary.root();
         mounts.push(self.mount(Node::Memory(temporary), super::TEMPORARY)?);
         if let Some(holder) = &self.space.data {
-            let root = holder.root()?;
-            mounts.push(self.mount(Node::Directory(Arc::new(root)), super::DATA)?);
+            let root = Node::Directory(Arc::new(holder.root()));
+            mounts.push(self.mount(root, super::DATA)?);
         }
         Ok(mounts)
     }
@@ -755,6 +755,11 @@ impl From<Stat> for DescriptorStat {
 }
 
 /// A file read from a point on.
+///
+/// It keeps nothing of the file: the C library of guests goes on using a
+/// stream after others have written to the file, also one that was at the end
+/// before. SQLite does, when it opens an empty database that another instance
+/// then fills; with an end that stays, it would find no database there.
 struct ReadStream {
     node: Node,
     position: u64,
@@ -764,32 +769,17 @@ struct ReadStream {
 enum ReadState {
     /// The next read may find something in memory.
     Idle,
-    /// The last read found nothing in memory.
-    Waiting,
+    /// A read of so many bytes found nothing in memory.
+    Waiting(usize),
     /// What was read since.
     Read(Result<Bytes, ErrorCode>),
-}
-
-impl ReadStream {
-    /// Hands out what was read.
-    fn deliver(&mut self, mut bytes: Bytes, size: usize) -> StreamResult<Bytes> {
-        if bytes.is_empty() {
-            return Err(StreamError::Closed);
-        }
-        let given = bytes.split_to(bytes.len().min(size));
-        if !bytes.is_empty() {
-            self.state = ReadState::Read(Ok(bytes));
-        }
-        self.position = self.position.saturating_add(given.len() as u64);
-        Ok(given)
-    }
 }
 
 #[async_trait]
 impl Pollable for ReadStream {
     async fn ready(&mut self) {
-        if let ReadState::Waiting = self.state {
-            let read = self.node.read(self.position, MAX_TRANSFER).await;
+        if let ReadState::Waiting(size) = self.state {
+            let read = self.node.read(self.position, size).await;
             self.state = ReadState::Read(read.map(Bytes::from));
         }
     }
@@ -804,13 +794,18 @@ impl InputStream for ReadStream {
         let read = match std::mem::replace(&mut self.state, ReadState::Idle) {
             ReadState::Read(read) => Some(read),
             ReadState::Idle => self.node.read_now(self.position, size).map(|read| read.map(Bytes::from)),
-            ReadState::Waiting => None,
+            ReadState::Waiting(_) => None,
         };
         match read {
-            Some(Ok(bytes)) => self.deliver(bytes, size),
+            Some(Ok(bytes)) if bytes.is_empty() => Err(StreamError::Closed),
+            Some(Ok(mut bytes)) => {
+                bytes.truncate(size);
+                self.position = self.position.saturating_add(bytes.len() as u64);
+                Ok(bytes)
+            }
             Some(Err(error)) => Err(StreamError::LastOperationFailed(error.into())),
             None => {
-                self.state = ReadState::Waiting;
+                self.state = ReadState::Waiting(size);
                 Ok(Bytes::new())
             }
         }
@@ -821,8 +816,7 @@ impl InputStream for ReadStream {
         if !first.is_empty() || size == 0 {
             return Ok(first);
         }
-        let read = self.node.read(self.position, size).await;
-        self.state = ReadState::Read(read.map(Bytes::from));
+        self.ready().await;
         self.read(size)
     }
 }
