@@ -149,7 +149,11 @@ class OpenInput(unittest.TestCase):
             def pull(limit, error=error):
                 raise error
 
-            for environ in ({"CONTENT_LENGTH": "6"}, {"HTTP_TRANSFER_ENCODING": "chunked"}):
+            for environ in (
+                {"CONTENT_LENGTH": "6"},
+                {"HTTP_TRANSFER_ENCODING": "chunked"},
+                {"SERVER_PROTOCOL": "HTTP/2.0"},
+            ):
                 for read in ("read", "readline", "readlines"):
                     stream = open_input(environ, b"", pull)
                     for _ in range(2):

@@ -46,6 +46,10 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// takes what the client had under way. Else the kernel answers those bytes
 /// with a reset, and the client may lose the response it has not yet read.
 const LINGER: (Duration, usize) = (Duration::from_secs(1), 1 << 20);
+/// How long an HTTP/2 client without a request has for a last one that was
+/// under way when it was told that the connection ends. hyper waits for it to
+/// answer a PING (RFC 9113 section 6.8), for ever.
+const GOODBYE: Duration = Duration::from_secs(1);
 
 /// Limits for a connection.
 #[derive(Clone, Debug)]
@@ -145,7 +149,7 @@ pub async fn converse(
     server: Arc<Server>,
     accepted: Accepted,
     permit: OwnedSemaphorePermit,
-    stopping: watch::Receiver<bool>,
+    mut stopping: watch::Receiver<bool>,
 ) {
     let peer = accepted.connection.peer;
     let _permits = (
@@ -158,11 +162,10 @@ pub async fn converse(
             }
         },
     );
-    let mut stopped_early = stopping.clone();
     let ready = tokio::select! {
         ready = tokio::time::timeout(server.limits.header_timeout, prepare(&server, accepted)) => ready,
         // Nothing was asked for yet.
-        () = stopped(&mut stopped_early) => return,
+        () = stopped(&mut stopping) => return,
     };
     let result = match ready {
         Ok(Ok(Some(prepared))) if prepared.is_h2 => http2(&server, prepared, stopping).await,
@@ -279,8 +282,8 @@ async fn http2(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Re
     let mut leaving = false;
     loop {
         // Without a request for as long as a connection may idle, or with all
-        // it may ask for: say goodbye (GOAWAY), and then cut.
-        let idle = idle(&link, if leaving { limits.header_timeout } else { limits.keep_alive });
+        // it may ask for: say goodbye (GOAWAY), and cut when nothing comes of it.
+        let idle = idle(&link, if leaving { GOODBYE } else { limits.keep_alive });
         let spent = async {
             while link.requests.load(Ordering::Relaxed) < limits.requests {
                 link.idle.notified().await;
@@ -292,7 +295,8 @@ async fn http2(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Re
             () = spent, if !leaving => {}
             () = idle => {
                 if leaving {
-                    return Err("the client does not close the connection".into());
+                    // It was told, and has all that it asked for.
+                    return Ok(());
                 }
             }
         }

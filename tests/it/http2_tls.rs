@@ -138,8 +138,10 @@ const HELLO: &[u8] = b"\x82\x86\x04\x06/hello\x41\x01x";
 const HEADERS: u8 = 1;
 const RST_STREAM: u8 = 3;
 const SETTINGS: u8 = 4;
+const PING: u8 = 6;
 const GOAWAY: u8 = 7;
 const CONTINUATION: u8 = 9;
+const ACK: u8 = 1;
 const END_STREAM: u8 = 1;
 const END_HEADERS: u8 = 4;
 
@@ -225,10 +227,23 @@ fn a_stream_without_a_window_holds_no_instance() {
 
 #[test]
 fn idle_http2_connections_are_closed() {
-    let server = Server::start("behaviours", &["--keep-alive", "300ms", "--header-timeout", "300ms"]);
-    let mut idle = raw(&server, &[]);
-    assert_eq!(goaway_reason(&mut idle), Some(0));
-    assert_eq!(idle.read_to_end(&mut Vec::new()).unwrap_or_default(), 0);
+    let server = Server::start("behaviours", &["--keep-alive", "300ms", "--header-timeout", "3s"]);
+    // A client that answers the PING hears which request was the last, one
+    // that does not is left.
+    for answers in [true, false] {
+        let mut idle = raw(&server, &[]);
+        let hello = frame(HEADERS, END_STREAM | END_HEADERS, 1, HELLO);
+        idle.write_all(&hello).unwrap();
+        let goaway = wait_for(&mut idle, GOAWAY, 0).unwrap();
+        assert_eq!(goaway, [0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+        let ping = wait_for(&mut idle, PING, 0).unwrap();
+        if answers {
+            idle.write_all(&frame(PING, ACK, 0, &ping)).unwrap();
+            let goaway = wait_for(&mut idle, GOAWAY, 0).unwrap();
+            assert_eq!(goaway, [0, 0, 0, 1, 0, 0, 0, 0]);
+        }
+        assert_eq!(idle.read_to_end(&mut Vec::new()).unwrap_or_default(), 0);
+    }
     let mut half = TcpStream::connect(server.address()).unwrap();
     half.write_all(b"PRI * HT").unwrap();
     half.set_read_timeout(Some(Duration::from_secs(30))).unwrap();

@@ -377,7 +377,8 @@ fn files_are_sent_by_the_host() {
 
 #[test]
 fn a_slow_download_holds_no_instance() {
-    let server = Server::start("behaviours", &["--instances", "1", "--isolation", "tenant"]);
+    let data = tempfile::tempdir().unwrap();
+    let server = Server::start("behaviours", &["--instances", "1", "--data", data.path().to_str().unwrap()]);
     let mut slow = server.connect();
     slow.send_request("GET", "/big-file?64;wrapped", &[], b"");
     let head = slow.read_head();
@@ -432,7 +433,9 @@ fn early_hints_come_before_the_response() {
 #[test]
 #[ignore = "measures"]
 fn downloads_are_measured() {
-    let server = Server::start("behaviours", &["--instances", "1", "--timeout", "60s"]);
+    let data = tempfile::tempdir().unwrap();
+    let data = ["--timeout", "60s", "--data", data.path().to_str().unwrap()];
+    let server = Server::start("behaviours", &data);
     server.get("/big-file?100;wrapped");
     let mut body = vec![0; 100 << 20];
     for how in ["wrapped", "pieces"] {

@@ -43,8 +43,9 @@ def open_input(environ: dict[str, Any], body: bytes, pull: Pull) -> io.BufferedI
 
     PEP 3333, "Input and Error Streams": a server "should not attempt to read
     past the Content-Length", and simulates an end of file there. A request
-    with neither Content-Length nor Transfer-Encoding has no body (RFC 9112
-    section 6.3). `pull` is called only for bytes that have not arrived.
+    of HTTP/1 with neither Content-Length nor Transfer-Encoding has no body
+    (RFC 9112 section 6.3); one of HTTP/2 needs neither to have one (RFC 9113
+    section 8.1.1). `pull` is called only for bytes that have not arrived.
     """
     declared = environ.get("CONTENT_LENGTH")
     if declared:
@@ -52,7 +53,7 @@ def open_input(environ: dict[str, Any], body: bytes, pull: Pull) -> io.BufferedI
         if len(body) < length:
             return io.BufferedReader(RequestBody(body, length, pull), _BUFFER)
         return io.BytesIO(body if len(body) == length else body[:length])
-    if "HTTP_TRANSFER_ENCODING" in environ:
+    if "HTTP_TRANSFER_ENCODING" in environ or environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
         return io.BufferedReader(RequestBody(body, None, pull), _BUFFER)
     return io.BytesIO()
 

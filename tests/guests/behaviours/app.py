@@ -338,9 +338,9 @@ def send_file_like(environ, start_response):
 
 
 def big_file(environ, start_response):
-    """A file in `/tmp` with as many mebibytes as the query says, sent in the way it says."""
+    """A file in `/data` with as many mebibytes as the query says, sent in the way it says."""
     size, how = environ["QUERY_STRING"].split(";")
-    path = f"/tmp/big-{size}"
+    path = f"/data/big-{size}"
     if not os.path.exists(path):
         with open(path, "wb") as file:
             for _ in range(int(size)):
