@@ -28,7 +28,7 @@ pub enum Command {
     /// Build a Python project into one file that `serve` runs.
     Build(BuildArgs),
     /// Serve an app over HTTP.
-    Serve(ServeArgs),
+    Serve(Box<ServeArgs>),
     /// Run a command, such as a migration, inside an app's sandbox.
     Exec(ExecArgs),
     /// Show what is in a built app.

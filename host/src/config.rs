@@ -416,21 +416,21 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
     let control = file.server.control.as_deref().and_then(|control| match control.strip_prefix("unix:") {
         Some(path) if !path.is_empty() => Some(directory.join(path)),
         _ => {
-            problems.add(None, format!("`control` is `{control}`, but has to be `unix:PATH`"));
+            problems.add(None, &format!("`control` is `{control}`, but has to be `unix:PATH`"));
             None
         }
     });
     let mut tenants = Vec::new();
     let mut sources = Vec::new();
     for (index, section) in file.tenant.iter().enumerate() {
-        let span = spans.get(index).cloned();
+        let span = spans.get(index);
         if let Some(tenant) = resolve_tenant(section, &file.defaults, directory, span, problems) {
             tenants.push(tenant);
             sources.push(index);
         }
     }
     if let Err((index, problem)) = check_mounts(&tenants) {
-        problems.add(sources.get(index).and_then(|source| spans.get(*source)).cloned(), problem);
+        problems.add(sources.get(index).and_then(|source| spans.get(*source)), &problem);
     }
     Config {
         bind: file.server.bind,
@@ -446,7 +446,7 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
 fn read<T: for<'de> Deserialize<'de>>(text: &str, problems: &mut Problems<'_>) -> Option<T> {
     let (mut table, errors) = DeTable::parse_recoverable(text);
     for error in errors {
-        problems.add(error.span(), error.message().to_owned());
+        problems.add(error.span().as_ref(), error.message());
     }
     // Each turn removes one entry, so this ends.
     loop {
@@ -454,7 +454,7 @@ fn read<T: for<'de> Deserialize<'de>>(text: &str, problems: &mut Problems<'_>) -
             Ok(value) => return Some(value),
             Err(error) => error,
         };
-        problems.add(error.span(), with_suggestion(error.message()));
+        problems.add(error.span().as_ref(), &with_suggestion(error.message()));
         let removed = error.span().is_some_and(|span| remove_innermost(table.get_mut(), &span));
         if !removed {
             return None;
@@ -529,12 +529,12 @@ fn resolve_tenant(
     section: &TenantSection,
     defaults: &DefaultsSection,
     directory: &Path,
-    span: Option<Range<usize>>,
+    span: Option<&Range<usize>>,
     problems: &mut Problems<'_>,
 ) -> Option<TenantConfig> {
     let before = problems.count();
     let label = section.name.clone().unwrap_or_else(|| "?".into());
-    let mut note = |problem: String| problems.add(span.clone(), format!("tenant `{label}`: {problem}"));
+    let mut note = |problem: String| problems.add(span, &format!("tenant `{label}`: {problem}"));
     let name = section.name.clone().unwrap_or_default();
     if section.name.is_none() {
         note("it has no `name`".into());
@@ -712,7 +712,7 @@ impl<'a> Problems<'a> {
         self.found.len()
     }
 
-    fn add(&mut self, span: Option<Range<usize>>, problem: String) {
+    fn add(&mut self, span: Option<&Range<usize>>, problem: &str) {
         let line = span.map_or(0, |span| {
             self.text.get(..span.start).map_or(0, |before| before.matches('\n').count() + 1)
         });

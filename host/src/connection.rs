@@ -335,12 +335,14 @@ where
     }
 }
 
+type Counts = Arc<Mutex<HashMap<IpAddr, u32>>>;
+
 /// How many connections each client address has.
 pub struct Peers {
     limit: u32,
     /// Networks that many clients come from: proxies.
     exempt: Box<dyn Fn(IpAddr) -> bool + Send + Sync>,
-    counts: Arc<Mutex<HashMap<IpAddr, u32>>>,
+    counts: Counts,
 }
 
 impl Peers {
@@ -374,7 +376,7 @@ fn network(address: IpAddr) -> IpAddr {
 }
 
 /// A connection that was counted.
-struct Counted(Option<(IpAddr, Arc<Mutex<HashMap<IpAddr, u32>>>)>);
+struct Counted(Option<(IpAddr, Counts)>);
 
 impl Drop for Counted {
     fn drop(&mut self) {

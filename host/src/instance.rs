@@ -266,7 +266,6 @@ impl Instance {
 
 /// Runs in the guest's fiber at the first loop or call after each tick: other
 /// tasks of this thread get their turn, and a guest without time left stops.
-#[expect(clippy::needless_pass_by_value, reason = "the type that wasmtime calls")]
 fn on_epoch(mut store: StoreContextMut<'_, HostState>) -> wasmtime::Result<UpdateDeadline> {
     let state = store.data_mut();
     if state.clock.passed() {

@@ -440,7 +440,8 @@ pub fn check_request(parts: &Parts, limits: &HeadLimits) -> Result<(), Failure> 
     }
     // RFC 9112 section 3.2: origin-form, absolute-form, or `*` for OPTIONS.
     let is_asterisk = parts.method == Method::OPTIONS && target == "*";
-    if !target.starts_with('/') && !is_asterisk && !(target.is_empty() && parts.uri.scheme().is_some()) {
+    let is_authority_alone = target.is_empty() && parts.uri.scheme().is_some();
+    if !(target.starts_with('/') || is_asterisk || is_authority_alone) {
         return Err(bad("the target is not a path"));
     }
     if parts.uri.scheme_str().is_some_and(|scheme| scheme != "http" && scheme != "https") {

@@ -191,7 +191,7 @@ fn static_files_are_served_without_the_app() {
     std::fs::write(root.join("css/a b.css.gz"), "not really gzip").unwrap();
     std::fs::write(root.join(".env"), "SECRET=1").unwrap();
     std::fs::write(root.join(".git/config"), "secret").unwrap();
-    let large: Vec<u8> = (0..3_000_000u32).map(|index| (index * 7 >> 5) as u8).collect();
+    let large: Vec<u8> = (0..3_000_000u32).map(|index| ((index * 7) >> 5) as u8).collect();
     std::fs::write(root.join("large.bin"), &large).unwrap();
     std::os::unix::fs::symlink("../secret", root.join("link")).unwrap();
     std::os::unix::fs::symlink("/etc/passwd", root.join("absolute")).unwrap();
