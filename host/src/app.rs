@@ -30,14 +30,15 @@ use crate::units::Size;
 /// A [`UserError`] if it is not one of ours.
 pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) -> Result<(Program, Grants)> {
     let artifact = Artifact::open(&config.app)?;
-    let code = shared.loader.load(&artifact, shared.sharing, &|step| {
+    let digests = artifact.digests(&shared.cache)?;
+    let code = shared.loader.load(&artifact, &digests, shared.sharing, &|step| {
         tracing::info!("{step}; later starts reuse the result");
     })?;
     let program = Program::link(&shared.engine, &code).map_err(|error| {
         UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", config.app.display()))
             .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
     })?;
-    let files = Files::new(artifact.unpack_layers(&shared.cache)?, &config.files)?;
+    let files = Files::new(artifact.unpack_layers(&shared.cache, &digests)?, &config.files)?;
     let mut environment =
         artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
     environment.extend(config.environment.0.clone());

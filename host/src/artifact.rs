@@ -18,15 +18,16 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
-use std::io::Read as _;
+use std::io::{self, Read as _};
 use std::ops::Range;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-
-use crate::cache::{self, Bucket, Cache, Links, walk};
+use crate::cache::{self, Bucket, Cache, Key, Links, walk};
 use crate::error::UserError;
 use crate::files::image::Image;
 
@@ -154,7 +155,7 @@ impl PackedLayer {
         let (mut files, mut size) = (0, 0);
         for relative in walk(root, Links::Skip, &mut |_, _| true)? {
             let path = root.join(&relative);
-            let mut append = || -> std::io::Result<u64> {
+            let mut append = || -> io::Result<u64> {
                 let mut file = File::open(&path)?;
                 let length = file.metadata()?.len();
                 let mut header = tar::Header::new_gnu();
@@ -225,99 +226,132 @@ pub struct Section {
 /// The sections of a component, in order. Ends with `None` where the component
 /// is cut off.
 pub fn sections(component: &[u8]) -> impl Iterator<Item = Option<Section>> + '_ {
-    let mut at = 8;
+    let mut start = PREAMBLE;
     std::iter::from_fn(move || {
-        let start = at;
-        let id = *component.get(at)?;
-        at += 1;
-        let section = read_leb128(component, &mut at).and_then(|length| {
-            let end = at.checked_add(length).filter(|end| *end <= component.len())?;
-            Some(Section { id, start, content: at..end })
-        });
-        at = section.as_ref().map_or(component.len(), |section| section.content.end);
+        let head = component.get(start..).filter(|head| !head.is_empty())?;
+        let section = Section::parse(head, start, component.len());
+        start = section.as_ref().map_or(component.len(), |section| section.content.end);
         Some(section)
     })
 }
 
-/// An artifact in memory, taken apart.
+impl Section {
+    /// The section of which `head` is the beginning, at `start` in a component
+    /// of `size` bytes; none if it does not end there.
+    fn parse(head: &[u8], start: usize, size: usize) -> Option<Section> {
+        let (id, mut at) = (*head.first()?, 1);
+        let length = read_leb128(head, &mut at)?;
+        let end = start.checked_add(at)?.checked_add(length).filter(|end| *end <= size)?;
+        Some(Section { id, start, content: start + at..end })
+    }
+}
+
+/// Bytes before the first section: magic, version, layer.
+const PREAMBLE: usize = 8;
+/// Bytes of a section's id and size at most.
+const SECTION_HEAD: usize = 6;
+/// Bytes to read of a custom section to know whether it is one of ours.
+const NAME: usize = 64;
+
+/// An artifact, taken apart. Its parts are read when they are asked for: a
+/// host that knows it already needs few of them.
 pub struct Artifact {
     /// Where it came from, for messages.
     pub path: PathBuf,
-    bytes: Vec<u8>,
+    file: File,
+    size: usize,
     /// The parts that are the component itself.
     component: Vec<Range<usize>>,
     manifest: Option<Manifest>,
     layers: Vec<(Layer, Range<usize>)>,
 }
 
+/// Digests of an artifact's parts, in hexadecimal. They are what machine code
+/// and files in the cache are found by.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Digests {
+    /// SHA-256 of the component without our sections.
+    pub component: String,
+    /// SHA-256 of each packed layer, in the order of the file.
+    layers: Vec<String>,
+}
+
 impl Artifact {
-    /// Reads the file at `path` and finds its parts.
+    /// Opens the file at `path` and finds its parts.
     ///
     /// # Errors
     ///
     /// A [`UserError`] if there is no such file, or it is not a whole component.
     pub fn open(path: &Path) -> Result<Artifact> {
-        let bytes = fs::read(path).map_err(|error| {
-            let reason = if path.is_dir() { "it is a directory".into() } else { error.to_string() };
-            UserError::new(format!("can not read the app `{}`: {reason}", path.display()))
-                .remedy("build one with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
-        })?;
-        Artifact::parse(path, bytes)
-    }
-
-    fn parse(path: &Path, bytes: Vec<u8>) -> Result<Artifact> {
+        let open = || -> io::Result<(File, u64)> {
+            let file = File::open(path)?;
+            let metadata = file.metadata()?;
+            if metadata.is_dir() {
+                return Err(io::Error::other("it is a directory"));
+            }
+            Ok((file, metadata.len()))
+        };
+        let (file, size) = open().map_err(|error| unreadable(path, &error))?;
+        let size = usize::try_from(size).unwrap_or(usize::MAX);
         let refuse = |reason: &str| {
             UserError::new(format!("`{}` {reason}", path.display()))
                 .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
         };
-        // Preamble: magic, version, layer. A core module has layer 0.
-        match bytes.get(..8) {
-            Some(b"\0asm\x0d\0\x01\0") => {}
-            Some(b"\0asm\x01\0\0\0") => {
-                return Err(refuse("is a core WebAssembly module, not a component").into());
-            }
-            Some([0, b'a', b's', b'm', ..]) => {
-                return Err(refuse("is WebAssembly of a version that is not known here").into());
-            }
-            _ => return Err(refuse("is not a WebAssembly component").into()),
-        }
         let truncated = || refuse("is cut off: the file ends inside a section");
         let mut artifact = Artifact {
             path: path.to_path_buf(),
-            bytes: Vec::new(),
+            file,
+            size,
             component: Vec::new(),
             manifest: None,
             layers: Vec::new(),
         };
-        artifact.component.push(0..8);
-        for section in sections(&bytes) {
-            let Section { id, start, content } = section.ok_or_else(truncated)?;
-            let ours = if id == 0 { our_section(&bytes[..content.end], content.start) } else { None };
-            match ours {
-                Some((MANIFEST_SECTION, manifest)) => {
-                    let manifest: Manifest = serde_json::from_slice(&bytes[manifest])
+        match &*artifact.read_some(0, PREAMBLE)? {
+            b"\0asm\x0d\0\x01\0" => {}
+            // A core module has layer 0.
+            b"\0asm\x01\0\0\0" => {
+                return Err(refuse("is a core WebAssembly module, not a component").into());
+            }
+            [0, b'a', b's', b'm', ..] => {
+                return Err(refuse("is WebAssembly of a version that is not known here").into());
+            }
+            _ => return Err(refuse("is not a WebAssembly component").into()),
+        }
+        artifact.component.push(0..PREAMBLE);
+        let mut start = PREAMBLE;
+        while start < size {
+            let head = artifact.read_some(start, SECTION_HEAD)?;
+            let section = Section::parse(&head, start, size).ok_or_else(truncated)?;
+            start = section.content.end;
+            let name = match section.id {
+                0 => artifact.read_some(section.content.start, NAME.min(section.content.len()))?,
+                _ => Vec::new(),
+            };
+            match our_section(&name) {
+                Some((MANIFEST_SECTION, skip)) => {
+                    let content = artifact.read(&(section.content.start + skip..section.content.end))?;
+                    let manifest: Manifest = serde_json::from_slice(&content)
                         .map_err(|error| refuse(&format!("has a manifest that can not be read: {error}")))?;
                     if manifest.format > MANIFEST_FORMAT {
                         return Err(refuse("was built by a newer wsgi-wasm").into());
                     }
                     artifact.manifest = Some(manifest);
                 }
-                Some((name, packed)) => {
+                Some((name, skip)) => {
                     let layer = Layer::ALL
                         .into_iter()
                         .find(|layer| name.strip_prefix(LAYER_SECTION) == Some(layer.name()))
                         .ok_or_else(|| {
                             refuse(&format!("has a section `{name}` that this version does not know"))
                         })?;
-                    artifact.layers.push((layer, packed));
+                    artifact.layers.push((layer, section.content.start + skip..section.content.end));
                 }
                 None => match artifact.component.last_mut() {
-                    Some(last) if last.end == start => last.end = content.end,
-                    _ => artifact.component.push(start..content.end),
+                    Some(last) if last.end == section.start => last.end = section.content.end,
+                    _ => artifact.component.push(section.start..section.content.end),
                 },
             }
         }
-        artifact.bytes = bytes;
         Ok(artifact)
     }
 
@@ -328,7 +362,7 @@ impl Artifact {
 
     /// Size of the file in bytes.
     pub fn size(&self) -> usize {
-        self.bytes.len()
+        self.size
     }
 
     /// Size of the component without our sections, in bytes.
@@ -341,18 +375,82 @@ impl Artifact {
         self.layers.iter().map(|(layer, range)| (*layer, range.len()))
     }
 
-    /// SHA-256 of the component without our sections.
-    pub fn component_digest(&self) -> [u8; 32] {
-        let mut digest = Sha256::new();
+    /// The component without our sections, if it has the digest that `digests`
+    /// says: what is made of it is kept under that.
+    ///
+    /// # Errors
+    ///
+    /// If the file can not be read, or was changed.
+    pub fn component(&self, digests: &Digests) -> Result<Vec<u8>> {
+        let mut component = Vec::with_capacity(self.component_size());
         for range in &self.component {
-            digest.update(&self.bytes[range.clone()]);
+            component.extend(self.read(range)?);
         }
-        digest.finalize().into()
+        self.checked(component, &digests.component)
     }
 
-    /// The component without our sections.
-    pub fn component(&self) -> Vec<u8> {
-        self.component.iter().flat_map(|range| &self.bytes[range.clone()]).copied().collect()
+    /// The digests of the artifact's parts.
+    ///
+    /// To compute them takes a good part of a start. The cache keeps them by
+    /// what the kernel says of the file: a file that was written to has another
+    /// time of change (`ctime`), which no program can set.
+    ///
+    /// # Errors
+    ///
+    /// If the file can not be read, or the cache not written.
+    pub fn digests(&self, cache: &Cache) -> Result<Digests> {
+        self.digests_at(SystemTime::now(), cache)
+    }
+
+    fn digests_at(&self, now: SystemTime, cache: &Cache) -> Result<Digests> {
+        let metadata = self.file.metadata().map_err(|error| unreadable(&self.path, &error))?;
+        let identity = [
+            i64::from_ne_bytes(metadata.dev().to_ne_bytes()),
+            i64::from_ne_bytes(metadata.ino().to_ne_bytes()),
+            i64::from_ne_bytes(metadata.size().to_ne_bytes()),
+            metadata.mtime(),
+            metadata.mtime_nsec(),
+            metadata.ctime(),
+            metadata.ctime_nsec(),
+        ];
+        let key = identity.iter().fold(Key::new(Bucket::Digests), |key, part| key.with(part.to_le_bytes()));
+        let key = key.finish();
+        if let Some(known) = cache.get(Bucket::Digests, &key)
+            && let Some(known) = fs::read(known).ok().and_then(|known| serde_json::from_slice(&known).ok())
+        {
+            return Ok(known);
+        }
+        let digests = self.compute_digests()?;
+        // Within the clock's steps two changes can have the same time.
+        let now = now.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        if i64::try_from(now).is_ok_and(|now| now > metadata.ctime() + 2) {
+            let text = serde_json::to_vec(&digests)?;
+            cache.get_or_make(Bucket::Digests, &key, |path| Ok(fs::write(path, text)?))?;
+        }
+        Ok(digests)
+    }
+
+    fn compute_digests(&self) -> Result<Digests> {
+        let digest = |ranges: &[Range<usize>]| -> Result<String> {
+            let mut digest = Sha256::new();
+            let mut block = vec![0; 1 << 20];
+            for range in ranges {
+                for start in range.clone().step_by(block.len()) {
+                    let block = &mut block[..(range.end - start).min(1 << 20)];
+                    self.fill(start, block)?;
+                    digest.update(block);
+                }
+            }
+            Ok(cache::hex(&digest.finalize()))
+        };
+        Ok(Digests {
+            component: digest(&self.component)?,
+            layers: self
+                .layers
+                .iter()
+                .map(|(_, range)| digest(std::slice::from_ref(range)))
+                .collect::<Result<_>>()?,
+        })
     }
 
     /// Unpacks the layers, each once per digest and machine, into archives
@@ -361,13 +459,12 @@ impl Artifact {
     /// # Errors
     ///
     /// A [`UserError`] if a layer is damaged or holds more than plain files.
-    pub fn unpack_layers(&self, cache: &Cache) -> Result<Vec<(Layer, PathBuf)>> {
-        self.layers
-            .iter()
-            .map(|(layer, range)| {
-                let packed = &self.bytes[range.clone()];
-                let path = cache.get_or_make(Bucket::Layers, &cache::sha256(packed), |path| {
-                    unpack(packed, path)
+    pub fn unpack_layers(&self, cache: &Cache, digests: &Digests) -> Result<Vec<(Layer, PathBuf)>> {
+        let layers = self.layers.iter().zip(&digests.layers);
+        layers
+            .map(|((layer, range), digest)| {
+                let path = cache.get_or_make(Bucket::Layers, digest, |path| {
+                    unpack(&self.checked(self.read(range)?, digest)?, path)
                         .map_err(|error| {
                             UserError::new(format!(
                                 "the layer `{}` of `{}` can not be unpacked: {error:#}",
@@ -382,26 +479,58 @@ impl Artifact {
             })
             .collect()
     }
+
+    /// `bytes`, if they have this digest.
+    fn checked(&self, bytes: Vec<u8>, digest: &str) -> Result<Vec<u8>> {
+        if cache::sha256(&bytes) != digest {
+            return Err(UserError::new(format!("`{}` was changed while it was read", self.path.display()))
+                .remedy("replace an app's file by a rename, or wait until it is written")
+                .into());
+        }
+        Ok(bytes)
+    }
+
+    /// The bytes in `range`.
+    fn read(&self, range: &Range<usize>) -> Result<Vec<u8>> {
+        let mut bytes = vec![0; range.len()];
+        self.fill(range.start, &mut bytes)?;
+        Ok(bytes)
+    }
+
+    /// Up to `length` bytes at `start`, fewer at the end of the file.
+    fn read_some(&self, start: usize, length: usize) -> Result<Vec<u8>> {
+        self.read(&(start..self.size.min(start + length)))
+    }
+
+    fn fill(&self, start: usize, bytes: &mut [u8]) -> Result<()> {
+        let read = self.file.read_exact_at(bytes, start as u64);
+        read.map_err(|error| unreadable(&self.path, &error).into())
+    }
+}
+
+fn unreadable(path: &Path, error: &io::Error) -> UserError {
+    UserError::new(format!("can not read the app `{}`: {error}", path.display()))
+        .remedy("build one with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
 }
 
 /// Unpacks an untrusted layer into the new file `path`.
 fn unpack(packed: &[u8], path: &Path) -> Result<()> {
     let mut file = File::create_new(path).context("failed to create its file")?;
     let unpacked = zstd::Decoder::new(packed)?;
-    let size = std::io::copy(&mut unpacked.take(LAYER_MAX_BYTES), &mut file)?;
+    let size = io::copy(&mut unpacked.take(LAYER_MAX_BYTES), &mut file)?;
     if size == LAYER_MAX_BYTES {
         bail!("it is larger than {LAYER_MAX_BYTES} bytes");
     }
     Image::read(path).map(drop)
 }
 
-/// Name and content of a custom section of ours; `at` is where its payload
-/// starts and `bytes` ends with it.
-fn our_section(bytes: &[u8], mut at: usize) -> Option<(&str, Range<usize>)> {
-    let length = read_leb128(bytes, &mut at)?;
-    let end = at.checked_add(length).filter(|end| *end <= bytes.len())?;
-    let name = std::str::from_utf8(&bytes[at..end]).ok()?;
-    name.starts_with("wsgi-wasm:").then_some((name, end..bytes.len()))
+/// The name of a custom section of ours, of which `head` is the beginning, and
+/// how many bytes come before its content.
+fn our_section(head: &[u8]) -> Option<(&str, usize)> {
+    let mut at = 0;
+    let length = read_leb128(head, &mut at)?;
+    let name = std::str::from_utf8(head.get(at..at.checked_add(length)?)?).ok()?;
+    name.starts_with("wsgi-wasm:").then_some((name, at + length))
 }
 
 /// Reads an unsigned LEB128 number of at most 32 bits and moves `at` behind it.
@@ -433,6 +562,8 @@ fn write_leb128(mut value: usize, out: &mut Vec<u8>) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     const EMPTY_COMPONENT: &[u8] = b"\0asm\x0d\0\x01\0";
@@ -451,6 +582,35 @@ mod tests {
         }
     }
 
+    fn open(bytes: &[u8]) -> Result<Artifact> {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("app.wasm");
+        fs::write(&path, bytes).unwrap();
+        Artifact::open(&path)
+    }
+
+    #[test]
+    fn digests_are_kept_as_long_as_the_file_is_the_same() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::at(home.path()).unwrap();
+        let path = home.path().join("app.wasm");
+        fs::write(&path, EMPTY_COMPONENT).unwrap();
+        let (now, later) = (SystemTime::now(), SystemTime::now() + Duration::from_secs(10));
+        let digests = |time| Artifact::open(&path).unwrap().digests_at(time, &cache).unwrap();
+        let kept = || fs::read_dir(cache.root().join(Bucket::Digests.directory()));
+        let right = digests(now);
+        assert!(kept().is_err(), "the file may still change without a trace");
+        assert_eq!(digests(later), right);
+        let entries = kept().unwrap().map(|entry| entry.unwrap().path());
+        let entry = entries.filter(|path| path.is_file()).collect::<Vec<_>>();
+        let marked = Digests { component: "kept".into(), layers: Vec::new() };
+        fs::write(&entry[0], serde_json::to_vec(&marked).unwrap()).unwrap();
+        assert_eq!(digests(later), marked);
+        let changed = assemble(EMPTY_COMPONENT.to_vec(), &manifest(), &[layer_of(&[("a", "1")])]).unwrap();
+        fs::write(&path, changed).unwrap();
+        assert_eq!(digests(later).layers.len(), 1);
+    }
+
     fn layer_of(files: &[(&str, &str)]) -> PackedLayer {
         let root = tempfile::tempdir().unwrap();
         for (name, content) in files {
@@ -465,11 +625,17 @@ mod tests {
     fn what_goes_in_comes_out() {
         let layer = layer_of(&[("b/c.txt", "see"), ("a.py", "x = 1")]);
         let bytes = assemble(EMPTY_COMPONENT.to_vec(), &manifest(), std::slice::from_ref(&layer)).unwrap();
-        let artifact = Artifact::parse(Path::new("app.wasm"), bytes).unwrap();
-        assert_eq!(artifact.component(), EMPTY_COMPONENT);
+        let artifact = open(&bytes).unwrap();
         assert_eq!(artifact.manifest().unwrap().application, "app:app");
         let home = tempfile::tempdir().unwrap();
-        let layers = artifact.unpack_layers(&Cache::at(home.path()).unwrap()).unwrap();
+        let cache = Cache::at(home.path()).unwrap();
+        let digests = artifact.digests(&cache).unwrap();
+        assert_eq!(digests.component, cache::sha256(EMPTY_COMPONENT));
+        assert_eq!(digests.layers, [cache::sha256(&layer.bytes)]);
+        assert_eq!(artifact.component(&digests).unwrap(), EMPTY_COMPONENT);
+        let other = Digests { component: "other".into(), ..digests.clone() };
+        assert!(artifact.component(&other).unwrap_err().to_string().contains("was changed"));
+        let layers = artifact.unpack_layers(&cache, &digests).unwrap();
         assert_eq!(layers.len(), 1);
         let image = Image::read(&layers[0].1).unwrap();
         assert_eq!(image.stat(image.look_up(Image::ROOT, "b/c.txt").unwrap()).size, 3);
@@ -493,10 +659,10 @@ mod tests {
             (whole[..whole.len() - 1].to_vec(), "cut off"),
             (b"\0asm\x0d\0\x01\0\x01\xff\xff\xff\xff\xff\xff".to_vec(), "cut off"),
         ] {
-            let error = Artifact::parse(Path::new("x.wasm"), bytes).err().unwrap();
+            let error = open(&bytes).err().unwrap();
             assert!(error.is::<UserError>());
             assert!(error.to_string().contains(reason), "{error}");
-            assert!(error.to_string().contains("x.wasm"), "{error}");
+            assert!(error.to_string().contains("app.wasm"), "{error}");
         }
     }
 

@@ -39,6 +39,8 @@ pub enum Bucket {
     Apps,
     /// File layers of apps, as plain tar archives.
     Layers,
+    /// Digests of the parts of apps' files, by what tells that a file is the same.
+    Digests,
     /// Machine code of apps, as far as they do not share it.
     Compiled,
     /// Machine code that apps share.
@@ -54,6 +56,7 @@ impl Bucket {
             Bucket::Sites => "sites-v1",
             Bucket::Apps => "apps-v2",
             Bucket::Layers => "layers-v2",
+            Bucket::Digests => "digests-v1",
             Bucket::Compiled => "compiled-v2",
             Bucket::Skeletons => "skeletons-v1",
         }
@@ -221,7 +224,7 @@ pub fn sha256(bytes: &[u8]) -> String {
 }
 
 /// Digits of a digest.
-fn hex(digest: &[u8]) -> String {
+pub fn hex(digest: &[u8]) -> String {
     use std::fmt::Write as _;
     digest.iter().fold(String::with_capacity(64), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");

@@ -342,6 +342,11 @@ pub enum ControlCommand {
         /// Its name
         tenant: String,
     },
+    /// Refuse a tenant's requests, and return when those in work are done
+    Drain {
+        /// Its name
+        tenant: String,
+    },
     /// Refuse a tenant's requests
     Suspend {
         /// Its name

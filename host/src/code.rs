@@ -27,7 +27,7 @@ use sha2::{Digest as _, Sha256};
 use wasmtime::component::Component;
 use wasmtime::{Engine, Module};
 
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, Digests};
 use crate::cache::{self, Bucket, CACHE_VARIABLE, Cache, Key};
 use crate::engine;
 use crate::error::UserError;
@@ -101,7 +101,7 @@ impl Loader {
         Loader { engine: engine.clone(), cache: cache.clone(), skeletons: Mutex::default() }
     }
 
-    /// Loads the machine code of `artifact`, which is compiled if the cache
+    /// Loads the machine code of `artifact` with these `digests`, which is compiled if the cache
     /// does not have it; `progress` hears about that, since it may take
     /// seconds. As much is shared as possible, or as `sharing` demands.
     ///
@@ -111,17 +111,18 @@ impl Loader {
     pub fn load(
         &self,
         artifact: &Artifact,
+        digests: &Digests,
         sharing: Option<Sharing>,
         progress: &dyn Fn(&str),
     ) -> Result<Code> {
         let compile = |entry: &Path| {
             progress("compiling to machine code");
-            compile_in_child(&self.cache, artifact, sharing, entry)
+            compile_in_child(&self.cache, artifact, digests, sharing, entry)
         };
         let mut key = Key::new(Bucket::Compiled)
             .with(settings(&self.engine))
             .with(wsgi_wasm_skeleton::VERSION.to_le_bytes())
-            .with(artifact.component_digest());
+            .with(&digests.component);
         if let Some(sharing) = sharing {
             key.add([sharing as u8]);
         }
@@ -195,12 +196,13 @@ fn failed_to_load(path: &Path) -> String {
 fn compile_in_child(
     cache: &Cache,
     artifact: &Artifact,
+    digests: &Digests,
     sharing: Option<Sharing>,
     output: &Path,
 ) -> Result<()> {
     let binary = std::env::current_exe().context("failed to find our own binary")?;
     let input = output.with_extension("component");
-    std::fs::write(&input, artifact.component())
+    std::fs::write(&input, artifact.component(digests)?)
         .with_context(|| format!("failed to write `{}`", input.display()))?;
     let mut command = Command::new(binary);
     command.arg("compile").arg(&input).arg(output).env(CACHE_VARIABLE, cache.root()).stdin(Stdio::null());
@@ -402,7 +404,8 @@ mod tests {
         for app in &apps {
             let artifact = Artifact::open(Path::new(app)).unwrap();
             let start = Instant::now();
-            let code = loader.load(&artifact, Some(sharing), &|_| panic!("not in the cache")).unwrap();
+            let digests = artifact.digests(&loader.cache).unwrap();
+            let code = loader.load(&artifact, &digests, Some(sharing), &|_| panic!("not in the cache")).unwrap();
             programs.push(Program::link(&engine, &code).unwrap());
             load.push(start.elapsed());
         }

@@ -98,6 +98,10 @@ async fn act(tenants: &Arc<Tenants>, request: Request<Incoming>) -> Result<serde
             tenants.roll_back(name).await?;
             Ok(json!({ "done": format!("`{name}` serves the version before") }))
         }
+        (&Method::POST, ["tenants", name, "drain"]) => {
+            tenants.drain(name).await?;
+            Ok(json!({ "done": format!("`{name}` is suspended, and nothing of it is at work") }))
+        }
         (&Method::POST, ["tenants", name, "suspend"]) => {
             tenants.suspend(name, true)?;
             Ok(json!({ "done": format!("`{name}` is suspended") }))
@@ -133,6 +137,7 @@ pub fn run(args: &ControlArgs) -> Result<()> {
             ("POST", format!("/tenants/{tenant}/deploy"), body)
         }
         ControlCommand::Rollback { tenant } => ("POST", format!("/tenants/{tenant}/rollback"), String::new()),
+        ControlCommand::Drain { tenant } => ("POST", format!("/tenants/{tenant}/drain"), String::new()),
         ControlCommand::Suspend { tenant } => ("POST", format!("/tenants/{tenant}/suspend"), String::new()),
         ControlCommand::Resume { tenant } => ("POST", format!("/tenants/{tenant}/resume"), String::new()),
         ControlCommand::Reload => ("POST", "/reload".to_owned(), String::new()),

@@ -20,6 +20,8 @@ pub enum Failure {
     UnknownHost,
     /// No tenant of the host is mounted above the path.
     NoTenant,
+    /// The tenant's app could not be loaded.
+    NotLoaded,
     /// The operator has suspended the tenant.
     Suspended,
     /// The tenant crashed too often in a row; the seconds until it may again.
@@ -58,6 +60,7 @@ impl Failure {
             Failure::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
             Failure::Overloaded
             | Failure::CannotStart
+            | Failure::NotLoaded
             | Failure::Suspended
             | Failure::CrashLoop(_)
             | Failure::BudgetExhausted(_) => StatusCode::SERVICE_UNAVAILABLE,
@@ -70,7 +73,7 @@ impl Failure {
     pub fn retry_after(self) -> Option<u64> {
         match self {
             Failure::Overloaded | Failure::CannotStart | Failure::TooManyRequests => Some(1),
-            Failure::Suspended => Some(60),
+            Failure::NotLoaded | Failure::Suspended => Some(60),
             Failure::CrashLoop(seconds) | Failure::BudgetExhausted(seconds) => Some(seconds),
             _ => None,
         }
@@ -91,6 +94,7 @@ impl fmt::Display for Failure {
             Failure::BodyTimeout => f.write_str("the client sent its body too slowly"),
             Failure::UnknownHost => f.write_str("no tenant answers for this host"),
             Failure::NoTenant => f.write_str("no tenant is mounted at this path"),
+            Failure::NotLoaded => f.write_str("the tenant's app could not be loaded"),
             Failure::Suspended => f.write_str("the tenant is suspended"),
             Failure::CrashLoop(_) => f.write_str("the tenant crashes again and again"),
             Failure::BudgetExhausted(_) => f.write_str("the tenant has used up its processor time"),

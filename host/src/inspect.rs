@@ -61,15 +61,15 @@ pub fn run(args: &InspectArgs) -> Result<()> {
 fn describe(artifact: &Artifact) -> Result<Description> {
     let cache = Cache::open()?;
     let engine = engine::compiler().map_err(anyhow::Error::from)?;
-    let code = Loader::new(&engine, &cache).load(artifact, None, &|_| {})?;
+    let digests = artifact.digests(&cache)?;
+    let code = Loader::new(&engine, &cache).load(artifact, &digests, None, &|_| {})?;
     let component_type = code.component.component_type();
-    let digest = artifact.component_digest();
     Ok(Description {
         path: artifact.path.display().to_string(),
         size: artifact.size(),
         component: ComponentDescription {
             size: artifact.component_size(),
-            sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+            sha256: digests.component,
             code: code.layout,
             imports: component_type
                 .imports(&engine)

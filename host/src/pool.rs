@@ -34,8 +34,6 @@ pub struct PoolSettings {
     pub instances: usize,
     /// Instances that stay when there is nothing to do.
     pub spare: usize,
-    /// Time after which an instance without work is dropped.
-    pub idle: Duration,
     /// Requests that may wait for an instance.
     pub queue: usize,
     /// How long one may wait.
@@ -117,15 +115,21 @@ impl Pool {
         (self.settings.instances - self.permits.available_permits(), self.idle().len())
     }
 
-    /// Drops instances that have rested for too long.
-    pub fn trim(&self) {
+    /// Drops instances that have rested for as long as `time`, but for those
+    /// that are always to be there.
+    pub fn trim(&self, time: Duration) {
         let mut idle = self.idle();
-        let keep = idle.len().saturating_sub(self.settings.spare);
-        let old =
-            idle.iter().take(keep).take_while(|(_, since)| since.elapsed() >= self.settings.idle).count();
+        let excess = idle.len().saturating_sub(self.settings.spare);
+        let old = idle.iter().take(excess).take_while(|(_, since)| since.elapsed() >= time).count();
         // The oldest come first. Dropped after the lock is released.
         let dropped: Vec<_> = idle.drain(..old).collect();
         drop(idle);
+        drop(dropped);
+    }
+
+    /// Drops all instances at rest.
+    pub fn clear(&self) {
+        let dropped = std::mem::take(&mut *self.idle());
         drop(dropped);
     }
 

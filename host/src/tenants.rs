@@ -6,7 +6,7 @@
 //! [`Table`]; the old one ends with its last request. One that fails takes no
 //! place, and the old one goes on.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,6 +15,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
 use serde::{Deserialize, Serialize};
+use tokio::task::JoinSet;
 use wasmtime::Engine;
 
 use crate::app;
@@ -26,7 +27,7 @@ use crate::failure::Failure;
 use crate::handler::{self, App, RequestLimits};
 use crate::pool::{Pool, PoolSettings};
 use crate::request_id::RequestId;
-use crate::scheduler::{Scheduler, Share};
+use crate::scheduler::{Scheduler, Share, processors};
 
 /// Failures that are kept for `ctl errors`.
 const KEPT_ERRORS: usize = 50;
@@ -125,7 +126,6 @@ impl Tenant {
         let settings = PoolSettings {
             instances: config.instances.max,
             spare: config.instances.min,
-            idle: config.instances.idle,
             queue: config.limits.queue,
             queue_wait: config.limits.queue_wait,
             isolation: config.isolation,
@@ -152,8 +152,9 @@ impl Tenant {
         })
     }
 
-    /// Starts an instance and asks the health request, if there is one.
-    async fn prove(&self) -> Result<()> {
+    /// Starts an instance and asks the health request, if there is one. The
+    /// instance stays if requests are expected at once.
+    async fn prove(&self, is_expected: bool) -> Result<()> {
         self.app
             .pool
             .warm()
@@ -166,6 +167,9 @@ impl Tenant {
                 Ok(status) => bail!("its health request `{path}` was answered with {status}"),
                 Err(failure) => bail!("its health request `{path}` failed: {failure}"),
             }
+        }
+        if !is_expected {
+            self.app.pool.trim(Duration::ZERO);
         }
         Ok(())
     }
@@ -285,6 +289,22 @@ impl Crashes {
     }
 }
 
+/// A place in the [`Table`]: a path of a host.
+#[derive(Clone)]
+struct Mount {
+    /// As SCRIPT_NAME has it.
+    path: String,
+    /// None if it could not be loaded.
+    tenant: Option<Arc<Tenant>>,
+}
+
+/// A tenant that could not be loaded, and why.
+#[derive(Clone)]
+struct Unloaded {
+    config: TenantConfig,
+    error: String,
+}
+
 /// Which tenant answers for which host and path.
 #[derive(Default)]
 struct Table {
@@ -296,31 +316,36 @@ struct Table {
 }
 
 /// The tenants of one host, longest path first.
-type Mounts = Vec<Arc<Tenant>>;
+type Mounts = Vec<Mount>;
 
 impl Table {
-    fn new(tenants: &BTreeMap<String, Arc<Tenant>>) -> Table {
+    /// The places of `tenants`, and of those that could not be loaded: their
+    /// requests are refused and not another tenant's.
+    fn new(tenants: &BTreeMap<String, Arc<Tenant>>, unloaded: &BTreeMap<String, Unloaded>) -> Table {
         let mut table = Table::default();
-        for tenant in tenants.values() {
-            for host in &tenant.config.hosts {
+        let loaded = tenants.values().map(|tenant| (&tenant.config, Some(tenant)));
+        let others = unloaded.iter().filter(|(name, _)| !tenants.contains_key(*name));
+        for (config, tenant) in loaded.chain(others.map(|(_, unloaded)| (&unloaded.config, None))) {
+            let mount = Mount { path: config.path.clone(), tenant: tenant.cloned() };
+            for host in &config.hosts {
                 match host {
                     HostPattern::Exact(name) => {
-                        table.exact.entry(name.clone()).or_default().push(Arc::clone(tenant));
+                        table.exact.entry(name.clone()).or_default().push(mount.clone());
                     }
                     HostPattern::Below(end) => match table.below.iter_mut().find(|(known, _)| known == end) {
-                        Some((_, mounts)) => mounts.push(Arc::clone(tenant)),
-                        None => table.below.push((end.clone(), vec![Arc::clone(tenant)])),
+                        Some((_, mounts)) => mounts.push(mount.clone()),
+                        None => table.below.push((end.clone(), vec![mount.clone()])),
                     },
                 }
             }
-            if tenant.config.hosts.is_empty() {
-                table.rest.push(Arc::clone(tenant));
+            if config.hosts.is_empty() {
+                table.rest.push(mount);
             }
         }
         table.below.sort_by_key(|(end, _)| std::cmp::Reverse(end.len()));
         let all = table.exact.values_mut().chain(table.below.iter_mut().map(|(_, mounts)| mounts));
         for mounts in all.chain([&mut table.rest]) {
-            mounts.sort_by_key(|tenant| std::cmp::Reverse(tenant.config.path.len()));
+            mounts.sort_by_key(|mount| std::cmp::Reverse(mount.path.len()));
         }
         table
     }
@@ -333,10 +358,9 @@ impl Table {
         if mounts.is_empty() {
             return Err(Failure::UnknownHost);
         }
-        mounts
-            .iter()
-            .find(|tenant| tenant.config.path.is_empty() || path_info(path, &tenant.config.path).is_some())
-            .ok_or(Failure::NoTenant)
+        let mut mounts = mounts.iter();
+        let mount = mounts.find(|mount| mount.path.is_empty() || path_info(path, &mount.path).is_some());
+        mount.ok_or(Failure::NoTenant)?.tenant.as_ref().ok_or(Failure::NotLoaded)
     }
 }
 
@@ -359,8 +383,8 @@ pub struct Tenants {
     shared: Arc<Shared>,
     table: ArcSwap<Table>,
     all: Mutex<BTreeMap<String, Arc<Tenant>>>,
-    /// Tenants that have not been loaded, and why.
-    failed: Mutex<BTreeMap<String, String>>,
+    /// Versions that were not taken into use, by their tenants' names.
+    unloaded: Mutex<BTreeMap<String, Unloaded>>,
     /// One change at a time.
     changing: tokio::sync::Mutex<()>,
     source: Source,
@@ -397,12 +421,12 @@ pub struct Status {
 }
 
 impl Tenants {
-    /// The tenants that `source` names, all loaded.
+    /// The tenants that `source` names. One that can not be loaded does not
+    /// keep others from being served.
     ///
     /// # Errors
     ///
-    /// If one of them can not be loaded: at the start that is a mistake to be
-    /// mended.
+    /// If the source can not be read, or none of its tenants can be loaded.
     pub async fn start(
         shared: Arc<Shared>,
         source: Source,
@@ -412,17 +436,19 @@ impl Tenants {
             shared,
             table: ArcSwap::default(),
             all: Mutex::default(),
-            failed: Mutex::default(),
+            unloaded: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
             source,
             state_file,
         });
         tenants.reload().await?;
-        let failed = lock(&tenants.failed).clone();
-        if let Some((name, error)) = failed.into_iter().next() {
-            return Err(crate::error::UserError::new(format!("tenant `{name}`: {error}")).into());
+        let unloaded = lock(&tenants.unloaded).clone();
+        match unloaded.into_iter().next() {
+            Some((name, Unloaded { error, .. })) if lock(&tenants.all).is_empty() => {
+                Err(crate::error::UserError::new(format!("tenant `{name}`: {error}")).into())
+            }
+            _ => Ok(tenants),
         }
-        Ok(tenants)
     }
 
     /// The tenant that answers for `host` and `path`, both as the client sent them.
@@ -456,7 +482,9 @@ impl Tenants {
                 config.app.clone_from(app);
             }
         }
-        let names: Vec<String> = wanted.iter().map(|config| config.name.clone()).collect();
+        let names: BTreeSet<String> = wanted.iter().map(|config| config.name.clone()).collect();
+        let is_only = wanted.len() == 1;
+        let mut loading = JoinSet::new();
         for config in wanted {
             let known = lock(&self.all).get(&config.name).cloned();
             if known.as_ref().is_some_and(|known| known.config == config && !known.has_changed()) {
@@ -465,19 +493,34 @@ impl Tenants {
             let (name, suspended) = (config.name.clone(), state.suspended.contains(&config.name));
             let record = known.map_or_else(Arc::default, |known| Arc::clone(&known.record));
             record.suspended.store(suspended, Ordering::Relaxed);
-            if let Err(error) = self.replace(config, record).await {
-                tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+            if loading.len() >= processors() {
+                loading.join_next().await;
             }
+            let tenants = Arc::clone(self);
+            loading.spawn(async move {
+                if let Err(error) = tenants.replace(config, record, is_only).await {
+                    tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+                }
+            });
         }
+        while loading.join_next().await.is_some() {}
         lock(&self.all).retain(|name, _| names.contains(name));
-        lock(&self.failed).retain(|name, _| names.contains(name));
+        lock(&self.unloaded).retain(|name, _| names.contains(name));
         self.publish();
         Ok(())
     }
 
-    /// Loads `config`, proves it, and lets it take its tenant's place.
-    async fn replace(self: &Arc<Self>, config: TenantConfig, record: Arc<Record>) -> Result<()> {
+    /// Loads `config`, proves it, and lets it take its tenant's place. If it
+    /// `is_expected`, or replaces a version, requests will come at once.
+    async fn replace(
+        self: &Arc<Self>,
+        config: TenantConfig,
+        record: Arc<Record>,
+        is_expected: bool,
+    ) -> Result<()> {
         let name = config.name.clone();
+        let is_expected = is_expected || lock(&self.all).contains_key(&name);
+        let attempt = config.clone();
         let shared = Arc::clone(&self.shared);
         let loading = Arc::clone(&record);
         // Loading reads and compiles; that must not hold up requests.
@@ -486,29 +529,30 @@ impl Tenants {
             .context("loading ended with a panic")
             .and_then(std::convert::identity);
         let proved = match loaded {
-            Ok(tenant) => tenant.prove().await.map(|()| tenant),
+            Ok(tenant) => tenant.prove(is_expected).await.map(|()| tenant),
             Err(error) => Err(error),
         };
         match proved {
             Ok(tenant) => {
                 let tenant = Arc::new(tenant);
                 let before = lock(&self.all).insert(name.clone(), Arc::clone(&tenant));
-                lock(&self.failed).remove(&name);
+                lock(&self.unloaded).remove(&name);
                 *lock(&tenant.record.previous) = before;
                 self.publish();
                 tracing::info!(tenant = %name, "serving {}", tenant.config.app.display());
                 Ok(())
             }
             Err(error) => {
-                record.fail(None, format!("{error:#}"));
-                lock(&self.failed).insert(name, format!("{error:#}"));
+                let text = format!("{error:#}");
+                record.fail(None, text.clone());
+                lock(&self.unloaded).insert(name, Unloaded { config: attempt, error: text });
                 Err(error)
             }
         }
     }
 
     fn publish(&self) {
-        self.table.store(Arc::new(Table::new(&lock(&self.all))));
+        self.table.store(Arc::new(Table::new(&lock(&self.all), &lock(&self.unloaded))));
     }
 
     fn get(&self, name: &str) -> Result<Arc<Tenant>> {
@@ -520,7 +564,7 @@ impl Tenants {
 
     /// What there is to say of each tenant.
     pub fn list(&self) -> Vec<Status> {
-        let failed = lock(&self.failed).clone();
+        let unloaded = lock(&self.unloaded).clone();
         let mut list: Vec<Status> = lock(&self.all)
             .values()
             .map(|tenant| {
@@ -543,17 +587,17 @@ impl Tenants {
                     in_work,
                     resting,
                     cpu_seconds: tenant.share.used().as_secs_f64(),
-                    error: failed.get(&tenant.config.name).cloned(),
+                    error: unloaded.get(&tenant.config.name).map(|unloaded| unloaded.error.clone()),
                 }
             })
             .collect();
-        for (name, error) in failed {
+        for (name, Unloaded { config, error }) in unloaded {
             if !list.iter().any(|status| status.name == name) {
                 list.push(Status {
                     name,
                     state: "failed",
-                    app: PathBuf::new(),
-                    path: String::new(),
+                    app: config.app,
+                    path: config.path,
                     loaded_at: 0,
                     requests: 0,
                     failures: 0,
@@ -605,7 +649,7 @@ impl Tenants {
             bail!("there is no app `{}`", app.display());
         }
         let config = TenantConfig { app: app.to_path_buf(), ..tenant.config.clone() };
-        self.replace(config, Arc::clone(&tenant.record)).await?;
+        self.replace(config, Arc::clone(&tenant.record), true).await?;
         self.save_state(|state| drop(state.apps.insert(name.to_owned(), app.to_path_buf())))
     }
 
@@ -624,6 +668,20 @@ impl Tenants {
         lock(&self.all).insert(name.to_owned(), previous);
         *lock(&tenant.record.previous) = Some(Arc::clone(&tenant));
         self.publish();
+        Ok(())
+    }
+
+    /// Refuses a tenant's requests from now on, and returns when those in work
+    /// are done and its instances gone.
+    ///
+    /// # Errors
+    ///
+    /// As for [`Tenants::suspend`].
+    pub async fn drain(&self, name: &str) -> Result<()> {
+        self.suspend(name, true)?;
+        let tenant = self.get(name)?;
+        tenant.app.pool.drained().await;
+        tenant.app.pool.clear();
         Ok(())
     }
 
@@ -657,7 +715,7 @@ impl Tenants {
             let all: Vec<_> = lock(&self.all).values().cloned().collect();
             let mut changed = false;
             for tenant in &all {
-                tenant.app.pool.trim();
+                tenant.app.pool.trim(tenant.config.instances.idle);
                 changed |= !watched.is_empty() && tenant.has_changed();
             }
             let now = stamps();

@@ -191,6 +191,46 @@ fn tenants_are_suspended_and_resumed_and_it_lasts() {
 }
 
 #[test]
+fn a_tenant_is_drained() {
+    let platform = Platform::start(TWO);
+    let mut running = platform.server.connect();
+    running.send("GET /sleep?1 HTTP/1.1\r\nHost: two.example\r\n\r\n");
+    while platform.status("two")["in_work"] != 1 {}
+    platform.ctl(&["drain", "two"]).success();
+    // The response was complete before the command returned.
+    let status = platform.status("two");
+    assert_eq!((&status["in_work"], &status["resting"]), (&0.into(), &0.into()));
+    assert_eq!(running.read_response("GET").ok(), "slept");
+    assert_eq!(platform.get("two.example", "/hello").status, 503);
+    assert_eq!(platform.get("one.example", "/hello").ok(), "Hello, world!\n");
+    platform.ctl(&["resume", "two"]).success();
+    assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
+    platform.server.finish();
+}
+
+#[test]
+fn a_tenant_that_can_not_be_loaded_keeps_no_other_from_being_served() {
+    let broken = tempfile::NamedTempFile::new().unwrap();
+    fs::write(broken.path(), "no component").unwrap();
+    let third = format!(
+        "{TWO}\n[[tenant]]\nname = \"three\"\napp = \"{}\"\nhosts = [\"three.example\"]\n",
+        broken.path().display()
+    );
+    let platform = Platform::start(&third);
+    assert_eq!(platform.get("one.example", "/hello").ok(), "Hello, world!\n");
+    let refused = platform.get("three.example", "/hello");
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("60")));
+    let status = platform.status("three");
+    assert_eq!(status["state"], "failed");
+    assert!(status["error"].as_str().unwrap().contains("is not a WebAssembly component"), "{status}");
+    // It is tried again when its file changes.
+    fs::copy(guest("behaviours"), broken.path()).unwrap();
+    platform.ctl(&["reload"]).success();
+    assert_eq!(platform.get("three.example", "/hello").ok(), "Hello, world!\n");
+    platform.server.finish();
+}
+
+#[test]
 fn a_new_version_takes_over_only_if_it_answers() {
     let platform = Platform::start(
         "[[tenant]]\nname = \"app\"\napp = \"APP\"\nhealth = \"/hello\"\ninstances = { max = 2 }\n",
