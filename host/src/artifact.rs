@@ -24,12 +24,12 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::cache::{self, Bucket, Cache, Identity, Key, Links, walk};
+use crate::error::UserError;
+use crate::files::image::Image;
 use anyhow::{Context as _, Result, bail};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
-use crate::cache::{self, Bucket, Cache, Key, Links, walk};
-use crate::error::UserError;
-use crate::files::image::Image;
 
 const MANIFEST_SECTION: &str = "wsgi-wasm:manifest";
 const LAYER_SECTION: &str = "wsgi-wasm:layer:";
@@ -391,9 +391,8 @@ impl Artifact {
 
     /// The digests of the artifact's parts.
     ///
-    /// To compute them takes a good part of a start. The cache keeps them by
-    /// what the kernel says of the file: a file that was written to has another
-    /// time of change (`ctime`), which no program can set.
+    /// To compute them takes a good part of a start. So the cache keeps them by
+    /// the file's [`Identity`].
     ///
     /// # Errors
     ///
@@ -404,17 +403,8 @@ impl Artifact {
 
     fn digests_at(&self, now: SystemTime, cache: &Cache) -> Result<Digests> {
         let metadata = self.file.metadata().map_err(|error| unreadable(&self.path, &error))?;
-        let identity = [
-            i64::from_ne_bytes(metadata.dev().to_ne_bytes()),
-            i64::from_ne_bytes(metadata.ino().to_ne_bytes()),
-            i64::from_ne_bytes(metadata.size().to_ne_bytes()),
-            metadata.mtime(),
-            metadata.mtime_nsec(),
-            metadata.ctime(),
-            metadata.ctime_nsec(),
-        ];
-        let key = identity.iter().fold(Key::new(Bucket::Digests), |key, part| key.with(part.to_le_bytes()));
-        let key = key.finish();
+        let identity = serde_json::to_vec(&Identity::of(&metadata))?;
+        let key = Key::new(Bucket::Digests).with(identity).finish();
         if let Some(known) = cache.get(Bucket::Digests, &key)
             && let Some(known) = fs::read(known).ok().and_then(|known| serde_json::from_slice(&known).ok())
         {

@@ -37,6 +37,12 @@ pub enum Command {
     Check(CheckArgs),
     /// Ask a running server, or tell it what to do.
     Ctl(ControlArgs),
+    /// Show or clear the cache of toolchains, built apps and machine code
+    Cache {
+        /// What to do
+        #[command(subcommand)]
+        command: CacheCommand,
+    },
     /// Compile a component to machine code, for our own use.
     #[command(hide = true)]
     Compile {
@@ -359,6 +365,28 @@ pub enum ControlCommand {
     },
     /// Read the configuration again
     Reload,
+}
+
+/// What to do with the cache.
+#[derive(Debug, Subcommand)]
+pub enum CacheCommand {
+    /// Show what is in it, the least recently used first
+    List {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Remove what was not used for long; whoever needs it makes it again
+    Prune {
+        /// Time after which an entry is removed
+        #[arg(long, value_name = "TIME", default_value = "30d")]
+        unused: Time,
+        /// Remove the least recently used entries until the rest fits
+        #[arg(long, value_name = "SIZE")]
+        max_size: Option<Size>,
+    },
+    /// Read everything, and remove what is not as it was made
+    Verify,
 }
 
 /// Options of `inspect`.

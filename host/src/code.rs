@@ -139,7 +139,7 @@ impl Loader {
         if self.cache.get(Bucket::Skeletons, skeleton).is_none() {
             // Removed from the cache while the app's own part was not.
             // Compiling the app again makes it; the app's part is there.
-            let scratch = tempfile::tempdir()?;
+            let scratch = tempfile::tempdir_in(self.cache.root())?;
             compile(&scratch.path().join("entry"))?;
         }
         let component = self.skeleton(skeleton)?;
@@ -405,7 +405,8 @@ mod tests {
             let artifact = Artifact::open(Path::new(app)).unwrap();
             let start = Instant::now();
             let digests = artifact.digests(&loader.cache).unwrap();
-            let code = loader.load(&artifact, &digests, Some(sharing), &|_| panic!("not in the cache")).unwrap();
+            let code =
+                loader.load(&artifact, &digests, Some(sharing), &|_| panic!("not in the cache")).unwrap();
             programs.push(Program::link(&engine, &code).unwrap());
             load.push(start.elapsed());
         }

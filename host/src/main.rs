@@ -9,6 +9,7 @@ mod app;
 mod artifact;
 mod build;
 mod cache;
+mod cache_command;
 mod cli;
 mod clock;
 mod code;
@@ -64,6 +65,7 @@ fn main() -> ExitCode {
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Check(args) => serve::check(&args).map(|()| ExitCode::SUCCESS),
         Command::Ctl(args) => control::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Cache { command } => cache_command::run(&command),
         Command::Compile { input, output, code } => {
             code::compile(&input, &output, code).map(|()| ExitCode::SUCCESS)
         }

@@ -60,7 +60,7 @@ pub fn approximate(bytes: u64) -> String {
     }
 }
 
-/// A length of time, written as `500ms`, `30s`, `5m` or `2h`.
+/// A length of time, written as `500ms`, `30s`, `5m`, `2h` or `7d`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub Duration);
 
@@ -84,6 +84,7 @@ impl FromStr for Time {
             "s" => seconds(1),
             "m" | "min" => seconds(60),
             "h" => seconds(3600),
+            "d" => seconds(86_400),
             _ => Err(help()),
         }
         .map(Time)
@@ -156,7 +157,7 @@ mod tests {
             assert_eq!(text.parse::<Time>().unwrap().0.as_millis(), milliseconds);
             assert_eq!(text.parse::<Time>().unwrap().to_string(), text);
         }
-        for bad in ["", "s", "30", "-1s", "1d", "99999999999h"] {
+        for bad in ["", "s", "30", "-1s", "1w", "99999999999h"] {
             assert!(bad.parse::<Time>().is_err(), "{bad}");
         }
     }

@@ -131,6 +131,9 @@ impl Lines {
             if let Some(found) = found(&text) {
                 return Some(found);
             }
+            if self.ended.load(Ordering::Relaxed) {
+                return None;
+            }
             let left = end.checked_duration_since(Instant::now())?;
             text = self.changed.wait_timeout(text, left).unwrap().0;
         }

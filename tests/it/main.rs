@@ -14,6 +14,7 @@
 mod adapter;
 /// `build`, `inspect` and what they refuse.
 mod build;
+mod cache;
 /// The examples, as their readers run them.
 mod examples;
 /// What an app may do wrong or slowly, and what the client then sees.
