@@ -16,6 +16,7 @@ use crate::config::{
 use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::{FileGrants, Files, memory};
+use crate::footprint::Footprint;
 use crate::instance::{Grants, Program};
 use crate::network::NetworkGrants;
 use crate::pool::Isolation;
@@ -28,7 +29,12 @@ use crate::units::Size;
 /// # Errors
 ///
 /// A [`UserError`] if it is not one of ours.
-pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) -> Result<(Program, Grants)> {
+pub fn load_artifact(
+    shared: &Shared,
+    config: &TenantConfig,
+    share: Arc<Share>,
+    footprint: Arc<Footprint>,
+) -> Result<(Program, Grants)> {
     let artifact = Artifact::open(&config.app)?;
     let digests = artifact.digests(&shared.cache)?;
     let code = shared.loader.load(&artifact, &digests, shared.sharing, &|step| {
@@ -49,6 +55,7 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) 
         files,
         share,
         scheduler: Arc::clone(&shared.scheduler),
+        footprint,
         network: Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),
     };
     Ok((program, grants))

@@ -422,6 +422,7 @@ mod tests {
             .unwrap(),
             network: Arc::new(NetworkGrants::new(Vec::new(), 0)),
             share: Share::new(1, None),
+            footprint: crate::footprint::Footprint::new(None),
             scheduler: Scheduler::new(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -134,6 +134,8 @@ pub struct InstancesSection {
 pub struct LimitsSection {
     /// Memory of one instance.
     pub memory: Option<Size>,
+    /// Memory of all instances together, with what the host holds for them.
+    pub total_memory: Option<Size>,
     /// Time until the response starts, and for each piece of it.
     pub timeout: Option<Time>,
     /// What an instance may keep in its `/tmp`.
@@ -256,6 +258,8 @@ pub struct Instances {
 pub struct Limits {
     /// Memory of one instance in bytes.
     pub memory: u64,
+    /// Memory of all instances in bytes, with what the host holds for them.
+    pub total_memory: Option<u64>,
     /// Time until the response starts, and for each piece of it.
     pub timeout: Duration,
     /// Processor time of one request.
@@ -277,6 +281,7 @@ pub struct Limits {
 /// The limits that hold where nothing is said.
 pub const DEFAULT_LIMITS: Limits = Limits {
     memory: 128 << 20,
+    total_memory: None,
     timeout: Duration::from_secs(30),
     cpu: None,
     cpu_per_minute: None,
@@ -648,6 +653,7 @@ fn resolve_limits(own: &LimitsSection, shared: &LimitsSection) -> Limits {
     let optional = |own: Option<Time>, shared: Option<Time>| own.or(shared).map(|time| time.0);
     Limits {
         memory: size(own.memory, shared.memory, DEFAULT_LIMITS.memory),
+        total_memory: own.total_memory.or(shared.total_memory).map(|size| size.0),
         timeout: time(own.timeout, shared.timeout, DEFAULT_LIMITS.timeout),
         cpu: optional(own.cpu, shared.cpu),
         cpu_per_minute: optional(own.cpu_per_minute, shared.cpu_per_minute),

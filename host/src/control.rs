@@ -26,6 +26,7 @@ use tokio::net::UnixListener;
 use crate::cli::{ControlArgs, ControlCommand};
 use crate::error::UserError;
 use crate::tenants::Tenants;
+use crate::units::approximate;
 
 /// The body of a request to deploy.
 #[derive(Serialize, Deserialize)]
@@ -175,18 +176,19 @@ fn print(args: &ControlArgs, answer: &serde_json::Value) -> Result<()> {
     match (&args.command, answer.as_array()) {
         (ControlCommand::List { json: false }, Some(tenants)) => {
             println!(
-                "{:<20} {:<10} {:>9} {:>9} {:>7} {:>8} {:>9}  APP",
-                "TENANT", "STATE", "REQUESTS", "FAILURES", "IN WORK", "RESTING", "CPU"
+                "{:<20} {:<10} {:>9} {:>9} {:>7} {:>8} {:>9} {:>9}  APP",
+                "TENANT", "STATE", "REQUESTS", "FAILURES", "IN WORK", "RESTING", "MEMORY", "CPU"
             );
             for tenant in tenants {
                 println!(
-                    "{:<20} {:<10} {:>9} {:>9} {:>7} {:>8} {:>8.1}s  {}",
+                    "{:<20} {:<10} {:>9} {:>9} {:>7} {:>8} {:>9} {:>8.1}s  {}",
                     text(&tenant["name"]),
                     text(&tenant["state"]),
                     text(&tenant["requests"]),
                     text(&tenant["failures"]),
                     text(&tenant["in_work"]),
                     text(&tenant["resting"]),
+                    approximate(tenant["memory"].as_u64().unwrap_or_default()),
                     tenant["cpu_seconds"].as_f64().unwrap_or_default(),
                     text(&tenant["app"]),
                 );

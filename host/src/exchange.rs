@@ -3,6 +3,7 @@
 
 use std::error::Error as _;
 use std::future::{Future as _, poll_fn};
+use std::sync::Arc;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -17,6 +18,7 @@ use tokio::sync::mpsc;
 use crate::early_hints::EarlyHints;
 use crate::failure::Failure;
 use crate::file_part::FilePart;
+use crate::footprint::{Footprint, Held};
 use crate::handler::RequestLimits;
 
 /// A head larger than this is refused; common clients stop at 64 KiB or less.
@@ -49,8 +51,8 @@ pub enum Event {
     Head(Head),
     /// A whole response: a head, and the part of a file that is its body.
     File(Head, FilePart),
-    /// Bytes of the body, not empty.
-    Chunk(Bytes),
+    /// Bytes of the body, not empty, and that they are held.
+    Chunk(Bytes, Held),
     /// The body is complete.
     End,
 }
@@ -72,6 +74,8 @@ pub struct RequestBody {
     waited: Duration,
     /// Why reading ended early, if it did.
     failure: Option<Failure>,
+    /// What is buffered, as a part of all that the tenant holds.
+    held: Option<Held>,
 }
 
 impl RequestBody {
@@ -86,20 +90,27 @@ impl RequestBody {
             received: 0,
             waited: Duration::ZERO,
             failure: None,
+            held: None,
         }
     }
 
-    /// Wraps `incoming`.
+    /// Wraps `incoming`, whose buffered bytes count for `footprint`.
     ///
     /// # Errors
     ///
     /// [`Failure::BodyTooLarge`] if its announced length exceeds the limit.
-    pub fn new(incoming: Incoming, limits: &RequestLimits) -> Result<RequestBody, Failure> {
+    pub fn new(
+        incoming: Incoming,
+        limits: &RequestLimits,
+        footprint: &Arc<Footprint>,
+    ) -> Result<RequestBody, Failure> {
         if incoming.size_hint().lower() > limits.body {
             return Err(Failure::BodyTooLarge);
         }
+        let incoming = (!incoming.is_end_stream()).then_some(incoming);
         Ok(RequestBody {
-            incoming: (!incoming.is_end_stream()).then_some(incoming),
+            held: incoming.as_ref().map(|_| footprint.hold(0)),
+            incoming,
             buffered: Bytes::new(),
             allowed: limits.body,
             idle: limits.client_idle,
@@ -160,7 +171,11 @@ impl RequestBody {
             self.received += data.len() as u64;
             self.buffered = data;
         }
-        Ok(self.buffered.split_to(self.buffered.len().min(max)))
+        let piece = self.buffered.split_to(self.buffered.len().min(max));
+        if let Some(held) = &mut self.held {
+            held.set(self.buffered.len() as u64);
+        }
+        Ok(piece)
     }
 
     /// The whole body, for one that is known to be small.
@@ -193,6 +208,7 @@ impl RequestBody {
     fn fail(&mut self, failure: Failure) -> Failure {
         self.incoming = None;
         self.buffered = Bytes::new();
+        self.held = None;
         self.failure = Some(failure);
         failure
     }
@@ -251,6 +267,7 @@ pub struct Exchange {
     allowed: u64,
     /// How long the client may take no byte.
     idle: Duration,
+    footprint: Arc<Footprint>,
     /// The way to send interim responses, if the client can take them.
     hints: Option<EarlyHints>,
 }
@@ -265,21 +282,22 @@ pub enum SendError {
 }
 
 impl Exchange {
-    /// Pairs `body` with the channel on which the response goes out, which may
-    /// have a body of `response_limit` bytes.
+    /// Pairs `body` with the channel on which the response goes out within
+    /// `limits`. What is on its way counts for `footprint`.
     pub fn new(
         body: RequestBody,
         events: mpsc::Sender<Event>,
-        response_limit: u64,
-        idle: Duration,
+        limits: &RequestLimits,
+        footprint: &Arc<Footprint>,
     ) -> Exchange {
         Exchange {
             body,
             events,
             phase: Phase::Waiting,
             announced: None,
-            allowed: response_limit,
-            idle,
+            allowed: limits.response,
+            idle: limits.client_idle,
+            footprint: Arc::clone(footprint),
             hints: None,
         }
     }
@@ -376,7 +394,8 @@ impl Exchange {
             Some(allowed) => self.allowed = allowed,
             None => return Err(self.refuse("its body is larger than the limit")),
         }
-        self.send(Event::Chunk(chunk.into())).await?;
+        let held = self.footprint.hold(length);
+        self.send(Event::Chunk(chunk.into(), held)).await?;
         self.announced = self.announced.map(|left| left.saturating_sub(length));
         Ok(())
     }

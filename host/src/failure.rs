@@ -31,6 +31,8 @@ pub enum Failure {
     BudgetExhausted(u64),
     /// More requests came than the tenant may have in a second.
     TooManyRequests,
+    /// The tenant holds as much memory as it may.
+    MemoryExhausted,
     /// All instances are busy and the queue is full, or the wait was too long.
     Overloaded,
     /// No instance could be started.
@@ -59,6 +61,7 @@ impl Failure {
             Failure::NoTenant => StatusCode::NOT_FOUND,
             Failure::TooManyRequests => StatusCode::TOO_MANY_REQUESTS,
             Failure::Overloaded
+            | Failure::MemoryExhausted
             | Failure::CannotStart
             | Failure::NotLoaded
             | Failure::Suspended
@@ -72,7 +75,10 @@ impl Failure {
     /// Seconds after which another try makes sense, for `Retry-After`.
     pub fn retry_after(self) -> Option<u64> {
         match self {
-            Failure::Overloaded | Failure::CannotStart | Failure::TooManyRequests => Some(1),
+            Failure::Overloaded
+            | Failure::MemoryExhausted
+            | Failure::CannotStart
+            | Failure::TooManyRequests => Some(1),
             Failure::NotLoaded | Failure::Suspended => Some(60),
             Failure::CrashLoop(seconds) | Failure::BudgetExhausted(seconds) => Some(seconds),
             _ => None,
@@ -99,6 +105,7 @@ impl fmt::Display for Failure {
             Failure::CrashLoop(_) => f.write_str("the tenant crashes again and again"),
             Failure::BudgetExhausted(_) => f.write_str("the tenant has used up its processor time"),
             Failure::TooManyRequests => f.write_str("more requests than the tenant may have in a second"),
+            Failure::MemoryExhausted => f.write_str("the tenant holds as much memory as it may"),
             Failure::Overloaded => f.write_str("all instances are busy"),
             Failure::CannotStart => f.write_str("no instance could be started"),
             Failure::App => f.write_str("the app failed"),

@@ -23,6 +23,7 @@ use std::sync::Arc;
 use anyhow::Result;
 
 use crate::artifact::Layer;
+use crate::footprint::Footprint;
 use granted::{Grant, Holder, Opened, Quota};
 use image::Image;
 use memory::{Limits, Memory, Options};
@@ -76,11 +77,11 @@ impl Files {
         Ok(Arc::new(Files { images, temporary: grants.temporary, data }))
     }
 
-    /// The mounts of a new instance.
-    pub fn space(self: &Arc<Self>) -> FileSpace {
+    /// The mounts of a new instance of the tenant with this footprint.
+    pub fn space(self: &Arc<Self>, footprint: &Arc<Footprint>) -> FileSpace {
         FileSpace {
             files: Arc::clone(self),
-            temporary: Memory::new(self.temporary),
+            temporary: Memory::new(self.temporary, footprint.hold(0)),
             data: self.data.as_ref().map(Grant::holder),
         }
     }

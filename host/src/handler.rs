@@ -23,6 +23,7 @@ use crate::environ::{self, Connection};
 use crate::exchange::{Event, Exchange, Head, RequestBody};
 use crate::failure::Failure;
 use crate::file_part::FilePart;
+use crate::footprint::{Footprint, Held};
 use crate::instance::Reply;
 use crate::pool::{Lease, Pool};
 use crate::request_id::RequestId;
@@ -31,6 +32,9 @@ use crate::tenants::{Tenant, Tenants};
 /// A request body up to this size is read before an instance is taken, and
 /// goes to the guest with the call: a slow client holds no instance.
 const INLINE_BODY: u64 = 64 << 10;
+
+/// Bytes of a complete response that hyper gets at a time.
+const PIECE: usize = 256 << 10;
 
 /// Limits for one request.
 #[derive(Clone, Debug)]
@@ -57,6 +61,8 @@ pub struct App {
     pub pool: Arc<Pool>,
     /// Limits for its requests.
     pub limits: RequestLimits,
+    /// What it holds of the host's memory.
+    pub footprint: Arc<Footprint>,
 }
 
 /// Asks an app for `path`, as a request of our own, and returns the status.
@@ -134,7 +140,7 @@ async fn respond(
     tenant.admit()?;
     let app = &tenant.app;
     let environ = environ::environ(parts, connection, &tenant.config.path)?;
-    let mut body = RequestBody::new(incoming, &app.limits)?;
+    let mut body = RequestBody::new(incoming, &app.limits, &app.footprint)?;
     let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
     // Reading answers `Expect: 100-continue`, which is the app's to decide.
     let inline = if is_small && !parts.headers.contains_key(header::EXPECT) {
@@ -150,7 +156,8 @@ async fn respond(
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, body) => {
             observer.ended(Ok(()));
-            Ok(head.into_response(ResponseBody::Complete(Some(body))))
+            let held = app.footprint.hold(body.len() as u64);
+            Ok(head.into_response(ResponseBody::Complete(body, Some(held))))
         }
         First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
         First::File(head, part) => {
@@ -186,9 +193,10 @@ async fn run(app: &App, observer: Observer, input: Input, times: &mut Times) -> 
     let lease = lease?;
     times.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
-    let exchange = Exchange::new(body, sender, app.limits.response, app.limits.client_idle).with_hints(hints);
+    let held = app.footprint.hold((environ.len() + inline.len()) as u64);
+    let exchange = Exchange::new(body, sender, &app.limits, &app.footprint).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
-    let call = call(lease, observer.id, observer.method.clone(), environ, inline, exchange, limits);
+    let call = call(lease, observer.id, observer.method.clone(), (environ, inline, held), exchange, limits);
     Ok(Running { call: Some(Box::pin(call)), events, observer, failed: None })
 }
 
@@ -222,8 +230,7 @@ async fn call(
     mut lease: Lease,
     id: RequestId,
     method: Method,
-    environ: Vec<u8>,
-    body: Bytes,
+    (environ, body, _held): (Vec<u8>, Bytes, Held),
     exchange: Exchange,
     limits: (Duration, Option<Duration>),
 ) -> Result<Reply, Failure> {
@@ -277,7 +284,7 @@ impl Running {
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         loop {
             match self.events.try_recv() {
-                Ok(Event::Chunk(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
+                Ok(Event::Chunk(chunk, _)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
                 Ok(Event::End) => {
                     self.observer.ended(Ok(()));
                     return Poll::Ready(None);
@@ -352,8 +359,8 @@ impl Drop for Running {
 
 /// The body of a response.
 pub enum ResponseBody {
-    /// All of it, until it is taken.
-    Complete(Option<Bytes>),
+    /// What is left of it, and that it is held.
+    Complete(Bytes, Option<Held>),
     /// What the guest still works on.
     Streaming(Running),
     /// A part of a file, and what tells whose it is.
@@ -369,9 +376,11 @@ impl Body for ResponseBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         match self.get_mut() {
-            ResponseBody::Complete(body) => {
-                let body = body.take().filter(|body| !body.is_empty());
-                Poll::Ready(body.map(|body| Ok(Frame::data(body))))
+            ResponseBody::Complete(rest, _) => {
+                // In pieces, so that hyper holds few of a large body's bytes
+                // when it drops the body.
+                let piece = rest.split_to(rest.len().min(PIECE));
+                Poll::Ready((!piece.is_empty()).then(|| Ok(Frame::data(piece))))
             }
             ResponseBody::Streaming(running) => running.poll_next(context),
             ResponseBody::File(part, running) => part.poll_next(context).map(|block| {
@@ -387,7 +396,7 @@ impl Body for ResponseBody {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            ResponseBody::Complete(body) => body.as_ref().is_none_or(Bytes::is_empty),
+            ResponseBody::Complete(rest, _) => rest.is_empty(),
             ResponseBody::Streaming(_) => false,
             ResponseBody::File(part, _) => part.left() == 0,
         }
@@ -395,7 +404,7 @@ impl Body for ResponseBody {
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            ResponseBody::Complete(body) => SizeHint::with_exact(body.as_ref().map_or(0, Bytes::len) as u64),
+            ResponseBody::Complete(rest, _) => SizeHint::with_exact(rest.len() as u64),
             ResponseBody::Streaming(_) => SizeHint::default(),
             ResponseBody::File(part, _) => SizeHint::with_exact(part.left()),
         }
@@ -420,7 +429,7 @@ pub fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     let status = failure.status();
     let reason = status.canonical_reason().unwrap_or("Error");
     let text = format!("{} {reason}\nrequest {id}\n", status.as_u16());
-    let mut response = Response::new(ResponseBody::Complete(Some(text.into())));
+    let mut response = Response::new(ResponseBody::Complete(text.into(), None));
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

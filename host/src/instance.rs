@@ -17,6 +17,7 @@ use crate::failure::Failure;
 use crate::file_part::FilePart;
 use crate::files::host::FileView;
 use crate::files::{self, FileSpace, Files};
+use crate::footprint::{self, Footprint, Held};
 use crate::guest_log::GuestLog;
 use crate::key_derivation::{self, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
@@ -43,6 +44,8 @@ const MAX_READ: u32 = 1 << 20;
 const MAX_RANDOM: u64 = 1 << 20;
 /// Elements that all tables of an instance may have together.
 const MAX_TABLE_ELEMENTS: usize = 100_000;
+/// Bytes of an element: a reference to a function.
+const TABLE_ELEMENT: u64 = 8;
 
 /// What one app's instances may use.
 #[derive(Clone, Debug)]
@@ -59,6 +62,8 @@ pub struct Grants {
     pub share: Arc<Share>,
     /// Who hands out the processors.
     pub scheduler: Arc<Scheduler>,
+    /// What the app holds of the host's memory.
+    pub footprint: Arc<Footprint>,
     /// What may be reached on the network.
     pub network: Arc<NetworkGrants>,
 }
@@ -152,7 +157,12 @@ impl Instance {
         let state = HostState {
             wasi,
             resources,
-            limits: Limits { memory: grants.memory, memory_used: 0, table_elements_used: 0 },
+            limits: Limits {
+                memory: grants.memory,
+                memory_used: 0,
+                table_elements_used: 0,
+                held: grants.footprint.hold(footprint::INSTANCE),
+            },
             clock: Clock::new(),
             turn: Turn {
                 slot: Arc::default(),
@@ -163,7 +173,7 @@ impl Instance {
             log,
             name: Arc::clone(&grants.name),
             exchange: None,
-            space: grants.files.space(),
+            space: grants.files.space(&grants.footprint),
             reach,
         };
         let mut store = Store::new(&program.engine, state);
@@ -342,21 +352,40 @@ struct Limits {
     memory: usize,
     memory_used: usize,
     table_elements_used: usize,
+    held: Held,
 }
+
+/// The tenant holds as much memory as it may, and gets no further instance.
+#[derive(Clone, Copy, Debug)]
+pub struct TenantFull;
+
+impl std::fmt::Display for TenantFull {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("the tenant holds as much memory as it may")
+    }
+}
+
+impl std::error::Error for TenantFull {}
 
 impl ResourceLimiter for Limits {
     fn memory_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        let used = self.memory_used.saturating_add(desired.saturating_sub(current));
-        let allowed = used <= self.memory;
-        if allowed {
-            self.memory_used = used;
+        let more = desired.saturating_sub(current);
+        let used = self.memory_used.saturating_add(more);
+        if used > self.memory {
+            return Ok(false);
         }
-        Ok(allowed)
+        if !self.held.grow(more as u64) {
+            // A memory begins with its first growth.
+            return if current == 0 { Err(TenantFull.into()) } else { Ok(false) };
+        }
+        self.memory_used = used;
+        Ok(true)
     }
 
     fn table_growing(&mut self, current: usize, desired: usize, _: Option<usize>) -> wasmtime::Result<bool> {
-        let used = self.table_elements_used.saturating_add(desired.saturating_sub(current));
-        let allowed = used <= MAX_TABLE_ELEMENTS;
+        let more = desired.saturating_sub(current);
+        let used = self.table_elements_used.saturating_add(more);
+        let allowed = used <= MAX_TABLE_ELEMENTS && self.held.grow(more as u64 * TABLE_ELEMENT);
         if allowed {
             self.table_elements_used = used;
         }

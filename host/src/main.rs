@@ -26,6 +26,7 @@ mod exec;
 mod failure;
 mod file_part;
 mod files;
+mod footprint;
 mod forwarded;
 mod front;
 mod guest_log;

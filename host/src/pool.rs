@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::failure::Failure;
-use crate::instance::{Grants, Instance, Program, Streams};
+use crate::instance::{Grants, Instance, Program, Streams, TenantFull};
 
 /// How far instances are shared.
 #[derive(
@@ -92,7 +92,8 @@ impl Pool {
     /// # Errors
     ///
     /// [`Failure::Overloaded`] if too many wait already or the wait is too
-    /// long, [`Failure::CannotStart`] if there is no instance to be had.
+    /// long, [`Failure::MemoryExhausted`] or [`Failure::CannotStart`] if there
+    /// is no instance to be had.
     pub async fn lease(self: &Arc<Self>) -> Result<Lease, Failure> {
         let permit = match Arc::clone(&self.permits).try_acquire_owned() {
             Ok(permit) => permit,
@@ -102,6 +103,9 @@ impl Pool {
         let instance = match resting {
             Some(instance) => instance,
             None => self.start().await.map_err(|error| {
+                if error.is::<TenantFull>() {
+                    return Failure::MemoryExhausted;
+                }
                 tracing::error!(app = %self.grants.name, "failed to start an instance: {error:#}");
                 Failure::CannotStart
             })?,

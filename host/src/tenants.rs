@@ -24,6 +24,7 @@ use crate::code::{Loader, Sharing};
 use crate::config::{HostPattern, TenantConfig};
 use crate::environ::path_info;
 use crate::failure::Failure;
+use crate::footprint::Footprint;
 use crate::handler::{self, App, RequestLimits};
 use crate::pool::{Pool, PoolSettings};
 use crate::request_id::RequestId;
@@ -122,7 +123,9 @@ impl Tenant {
     fn load(shared: &Shared, config: TenantConfig, record: Arc<Record>) -> Result<Tenant> {
         let share = Share::new(config.weight, config.limits.cpu_per_minute);
         let stamp = stamp(&config.app);
-        let (program, grants) = app::load_artifact(shared, &config, Arc::clone(&share))?;
+        let footprint = Footprint::new(config.limits.total_memory);
+        let (program, grants) =
+            app::load_artifact(shared, &config, Arc::clone(&share), Arc::clone(&footprint))?;
         let settings = PoolSettings {
             instances: config.instances.max,
             spare: config.instances.min,
@@ -139,7 +142,7 @@ impl Tenant {
             client_idle: shared.client_idle,
             rate: shared.min_rate,
         };
-        let app = Arc::new(App { pool: Pool::new(program, grants, settings), limits });
+        let app = Arc::new(App { pool: Pool::new(program, grants, settings), limits, footprint });
         Ok(Tenant {
             rate: config.limits.requests_per_second.map(RateLimit::new),
             app,
@@ -415,6 +418,7 @@ pub struct Status {
     failures: u64,
     in_work: usize,
     resting: usize,
+    memory: u64,
     cpu_seconds: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
@@ -586,6 +590,7 @@ impl Tenants {
                     failures: tenant.record.failures.load(Ordering::Relaxed),
                     in_work,
                     resting,
+                    memory: tenant.app.footprint.held(),
                     cpu_seconds: tenant.share.used().as_secs_f64(),
                     error: unloaded.get(&tenant.config.name).map(|unloaded| unloaded.error.clone()),
                 }
@@ -603,6 +608,7 @@ impl Tenants {
                     failures: 0,
                     in_work: 0,
                     resting: 0,
+                    memory: 0,
                     cpu_seconds: 0.0,
                     error: Some(error),
                 });

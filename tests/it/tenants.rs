@@ -1,4 +1,5 @@
 use std::fs;
+use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -187,6 +188,53 @@ fn tenants_are_suspended_and_resumed_and_it_lasts() {
     assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
     let listed = platform.ctl(&["list"]).success().stdout;
     assert!(listed.contains("TENANT") && listed.contains("one") && listed.contains("serving"), "{listed}");
+    platform.server.finish();
+}
+
+#[test]
+fn a_tenants_memory_is_one_number_and_bounded() {
+    let config = TWO.replace(
+        "instances = { max = 1 }",
+        "instances = { max = 4 }\nlimits = { memory = \"64MiB\", total_memory = \"38MiB\", queue_wait = \"60s\" }",
+    );
+    let platform = Platform::start(&config);
+    let held = || platform.status("two")["memory"].as_u64().unwrap();
+    assert_eq!(held(), 0, "no instance is kept before the first request");
+    assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
+    let at_rest = held();
+    assert!((10 << 20..40 << 20).contains(&at_rest), "{at_rest}");
+    // What the guest allocates and what it has in `/tmp`.
+    assert_eq!(platform.get("two.example", "/keep-temporary?5").ok(), "kept");
+    let more = held() - at_rest;
+    assert!((5 << 20..9 << 20).contains(&more), "{more}");
+
+    // A second instance fits, and a third does not.
+    let mut busy = [platform.server.connect(), platform.server.connect()];
+    for connection in &mut busy {
+        connection.send("GET /sleep?2 HTTP/1.1\r\nHost: two.example\r\n\r\n");
+    }
+    while platform.status("two")["in_work"] != 2 {}
+    let refused = platform.get("two.example", "/hello");
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    platform.server.wait_for_log(&["holds as much memory as it may"]);
+    assert_eq!(platform.get("one.example", "/hello").ok(), "Hello, world!\n");
+    for connection in &mut busy {
+        assert_eq!(connection.read_response("GET").ok(), "slept");
+    }
+    // A response on its way counts, until the client has it.
+    let mut slow = platform.server.connect();
+    let before = held();
+    slow.send("GET /large-whole?20000000 HTTP/1.1\r\nHost: one.example\r\n\r\n");
+    slow.read_head();
+    let of_one = || platform.status("one")["memory"].as_u64().unwrap();
+    let during = of_one();
+    slow.reader().read_exact(&mut vec![0; 20_000_000]).unwrap();
+    slow.send("GET /hello HTTP/1.1\r\nHost: one.example\r\n\r\n");
+    assert_eq!(slow.read_response("GET").ok(), "Hello, world!\n");
+    assert!(of_one() + 500_000 < during, "{during} and then {}", of_one());
+    assert_eq!(held(), before);
+    platform.ctl(&["drain", "two"]).success();
+    assert_eq!(held(), 0);
     platform.server.finish();
 }
 

@@ -11,6 +11,7 @@ use wasmtime_wasi::p2::bindings::filesystem::types::ErrorCode;
 
 use super::host::{Identity, Stat, WriteAt, kind};
 use super::path::{self, Step};
+use crate::footprint::Held;
 
 /// Files are kept, and counted, in pages of this size. One that is nothing but
 /// a hole costs nothing.
@@ -38,6 +39,8 @@ struct Tree {
     nodes: HashMap<u64, Node>,
     next: u64,
     bytes: u64,
+    /// The same, as a part of all that the tenant holds.
+    held: Held,
 }
 
 #[derive(Debug)]
@@ -81,11 +84,11 @@ pub struct Options {
 }
 
 impl Memory {
-    /// An empty one.
-    pub fn new(limits: Limits) -> Memory {
+    /// An empty one, whose files count as `held`.
+    pub fn new(limits: Limits, held: Held) -> Memory {
         let root = Node::new(Content::Directory(BTreeMap::new()), ROOT);
         let nodes = HashMap::from([(ROOT, root)]);
-        Memory(Arc::new(Mutex::new(Tree { limits, nodes, next: ROOT + 1, bytes: 0 })))
+        Memory(Arc::new(Mutex::new(Tree { limits, nodes, next: ROOT + 1, bytes: 0, held })))
     }
 
     /// The directory at the top.
@@ -373,12 +376,18 @@ impl Tree {
         self.free_if_unused(inode);
     }
 
+    fn free(&mut self, pages: usize) {
+        let bytes = (pages * PAGE) as u64;
+        self.bytes -= bytes;
+        self.held.shrink(bytes);
+    }
+
     fn free_if_unused(&mut self, inode: u64) {
         let unused = |node: &Node| !node.linked && node.handles == 0;
         if self.nodes.get(&inode).is_some_and(unused)
             && let Some(Node { content: Content::File { pages, .. }, .. }) = self.nodes.remove(&inode)
         {
-            self.bytes -= (pages.len() * PAGE) as u64;
+            self.free(pages.len());
         }
     }
 
@@ -472,13 +481,15 @@ impl Tree {
             page[used..].fill(0);
         }
         node.touch();
-        self.bytes -= (cut.len() * PAGE) as u64;
+        let cut = cut.len();
+        self.free(cut);
         Ok(())
     }
 
     fn write(&mut self, inode: u64, at: WriteAt, bytes: &[u8]) -> Result<(), ErrorCode> {
         let (limit, used) = (self.limits.bytes, self.bytes);
-        let node = self.node_mut(inode)?;
+        // Not by a method: the tenant's part of the books is at hand meanwhile.
+        let node = self.nodes.get_mut(&inode).ok_or(ErrorCode::NoEntry)?;
         let Content::File { pages, length } = &mut node.content else {
             return Err(ErrorCode::IsDirectory);
         };
@@ -493,8 +504,9 @@ impl Tree {
         let end = end.ok_or(ErrorCode::FileTooLarge)?;
         let touched = place(offset).0..=place(end - 1).0;
         let missing = touched.filter(|page| !pages.contains_key(page)).count();
-        let used = used.saturating_add((missing * PAGE) as u64);
-        if used > limit {
+        let more = (missing * PAGE) as u64;
+        let used = used.saturating_add(more);
+        if used > limit || !self.held.grow(more) {
             return Err(ErrorCode::InsufficientSpace);
         }
         let mut written = 0;
@@ -515,9 +527,10 @@ impl Tree {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::footprint::Footprint;
 
     fn memory() -> Memory {
-        Memory::new(Limits { bytes: 4 * PAGE as u64, files: 4 })
+        Memory::new(Limits { bytes: 4 * PAGE as u64, files: 4 }, Footprint::new(None).hold(0))
     }
 
     const CREATE: Options =
@@ -576,7 +589,8 @@ mod tests {
 
     #[test]
     fn names_move_as_they_do_in_posix() {
-        let root = Memory::new(Limits { bytes: 1 << 20, files: 100 }).root();
+        let limits = Limits { bytes: 1 << 20, files: 100 };
+        let root = Memory::new(limits, Footprint::new(None).hold(0)).root();
         root.create_directory("a").unwrap();
         root.create_directory("a/b").unwrap();
         root.open("f", CREATE).unwrap().write(WriteAt::End, b"f").unwrap();
