@@ -1,8 +1,9 @@
 //! `wsgi-wasm`: hosts Python WSGI apps in WebAssembly sandboxes.
 //!
 //! The modules in the order in which a request meets them: `serve` accepts,
-//! `handler` answers, with `environ`, `pool`, `instance` and `exchange` as its
-//! steps. `build` makes what is served.
+//! `connection` speaks HTTP, `front` and `handler` answer, with `tenants`,
+//! `environ`, `pool`, `instance` and `exchange` as steps. `build` makes what is
+//! served. ARCHITECTURE.md has them all.
 
 mod access_log;
 mod app;
