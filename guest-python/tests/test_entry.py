@@ -1,6 +1,7 @@
 """The glue, with stand-ins for the modules that componentize-py generates."""
 
 import enum
+import gc
 import importlib
 import sys
 import types
@@ -8,7 +9,7 @@ import unittest
 from unittest import mock
 
 from tests.support import block
-from wsgi_wasm import build, kdf, snapshot, wsgi
+from wsgi_wasm import build, interrupt, kdf, snapshot, wsgi
 from wsgi_wasm.streams import BodyAborted, BodyTooLarge
 
 
@@ -59,6 +60,7 @@ class Entry(unittest.TestCase):
             pbkdf2_hmac=lambda *arguments: arguments,
             scrypt=lambda *arguments: arguments,
         )
+        imports.deadline = types.SimpleNamespace(time_left=lambda: 2**64 - 1)
         self.imports = imports
         world = types.ModuleType("wit_world")
         modules = {
@@ -68,6 +70,8 @@ class Entry(unittest.TestCase):
         }
         for patch in (
             mock.patch.dict(sys.modules, modules),
+            mock.patch.object(gc, "callbacks", []),
+            mock.patch.object(interrupt, "_time_left", None),
             mock.patch.object(build, "main", lambda _: lambda *call: self.application(*call)),
         ):
             patch.start()

@@ -11,7 +11,7 @@
 use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -31,6 +31,11 @@ struct Shared {
     cpu_used: AtomicU64,
     /// When the poll that is under way started, or [`NEVER`].
     polled_at: AtomicU64,
+    /// How long before each limit the guest should stop by itself.
+    margin: AtomicU64,
+    cpu_margin: AtomicU64,
+    /// Whether it was told so.
+    told: AtomicBool,
 }
 
 /// No deadline: between requests, while the client is awaited, or for a
@@ -58,6 +63,9 @@ impl Clock {
             cpu_limit: AtomicU64::new(NEVER),
             cpu_used: AtomicU64::new(0),
             polled_at: AtomicU64::new(NEVER),
+            margin: AtomicU64::new(0),
+            cpu_margin: AtomicU64::new(0),
+            told: AtomicBool::new(false),
         }))
     }
 
@@ -68,6 +76,33 @@ impl Clock {
         self.0.deadline.store(deadline, Ordering::Relaxed);
         self.0.cpu_limit.store(cpu.map_or(NEVER, microseconds), Ordering::Relaxed);
         self.0.cpu_used.store(0, Ordering::Relaxed);
+        self.0.margin.store(limit.map_or(0, margin), Ordering::Relaxed);
+        self.0.cpu_margin.store(cpu.map_or(0, margin), Ordering::Relaxed);
+        self.0.told.store(false, Ordering::Relaxed);
+    }
+
+    /// Microseconds after which the guest should stop by itself, [`u64::MAX`]
+    /// if there is no limit.
+    pub fn time_left(&self) -> u64 {
+        let left = |limit: u64, margin: &AtomicU64, used: u64| match limit {
+            NEVER => NEVER,
+            limit => limit.saturating_sub(margin.load(Ordering::Relaxed)).saturating_sub(used),
+        };
+        let shared = &*self.0;
+        let left = left(shared.deadline.load(Ordering::Relaxed), &shared.margin, self.now()).min(left(
+            shared.cpu_limit.load(Ordering::Relaxed),
+            &shared.cpu_margin,
+            self.cpu_used(),
+        ));
+        if left == 0 {
+            shared.told.store(true, Ordering::Relaxed);
+        }
+        left
+    }
+
+    /// Whether the guest was told to stop since [`Clock::start`].
+    pub fn was_told(&self) -> bool {
+        self.0.told.load(Ordering::Relaxed)
     }
 
     /// Whether a limit is reached.
@@ -153,6 +188,12 @@ impl Drop for Pause<'_> {
     }
 }
 
+/// How long before `limit` a guest should stop by itself: time to unwind and to
+/// write a traceback.
+fn margin(limit: Duration) -> u64 {
+    microseconds((limit / 10).min(Duration::from_secs(1)))
+}
+
 fn microseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(NEVER - 1)
 }
@@ -213,6 +254,21 @@ mod tests {
                 .await;
             assert!(stopped.is_err());
         });
+    }
+
+    #[test]
+    fn a_guest_is_told_before_its_time_is_up() {
+        let clock = Clock::new();
+        assert_eq!((clock.time_left(), clock.was_told()), (u64::MAX, false));
+        clock.start(Some(Duration::from_secs(100)), None);
+        assert!((90_000_000..99_000_001).contains(&clock.time_left()));
+        clock.start(Some(Duration::from_secs(100)), Some(Duration::ZERO));
+        assert!(clock.time_left() == 0 && clock.was_told());
+        clock.start(Some(Duration::from_millis(1)), None);
+        while clock.time_left() > 0 {}
+        assert!(clock.was_told());
+        clock.start(None, None);
+        assert!(!clock.was_told());
     }
 
     #[test]

@@ -36,7 +36,7 @@ mod bindings {
     });
 }
 
-use bindings::wsgi_wasm::gateway::{key_derivation as wit_key_derivation, request_body, response};
+use bindings::wsgi_wasm::gateway::{deadline, key_derivation as wit_key_derivation, request_body, response};
 
 /// Bytes of a request body that go to a guest in one call at most.
 const MAX_READ: u32 = 1 << 20;
@@ -232,7 +232,12 @@ impl Instance {
             }
         };
         if returned.is_empty() {
-            return exchange.conclude().map(|()| Reply::Streamed);
+            return match exchange.conclude() {
+                Ok(()) => Ok(Reply::Streamed),
+                // It did what it was told.
+                Err(Failure::App) if clock.was_told() => Err(Failure::Timeout),
+                Err(failure) => Err(failure),
+            };
         }
         if exchange.has_started() {
             return Err(Failure::BadResponse("a response was both streamed and returned"));
@@ -405,6 +410,12 @@ impl request_body::Host for HostState {
             Err(Failure::ClientGone) => Err(request_body::ReadError::ClientGone),
             Err(_) => Err(request_body::ReadError::Unavailable),
         }
+    }
+}
+
+impl deadline::Host for HostState {
+    async fn time_left(&mut self) -> u64 {
+        self.clock.time_left()
     }
 }
 

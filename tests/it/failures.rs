@@ -63,13 +63,29 @@ fn a_trap_costs_one_request_and_one_instance() {
 }
 
 #[test]
+fn an_app_hears_that_its_time_is_up() {
+    let server = Server::start("behaviours", &["--instances", "1", "--timeout", "2s"]);
+    assert_eq!(server.get("/nap?0.01").ok(), "slept");
+    for (path, line) in [("/collect-for-ever", "in collect_for_ever"), ("/nap?3600", "in nap")] {
+        assert_eq!(server.get(path).status, 504, "{path}");
+        server.wait_for_log(&["GET", path.split('?').next().unwrap(), "the application failed"]);
+        server.wait_for_log(&["app.py", line]);
+        server.wait_for_log(&["RequestTimeout: the request takes longer than the host allows"]);
+    }
+    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    let log = server.finish();
+    assert_eq!(log.matches("the app did not answer in time").count(), 2, "{log}");
+}
+
+#[test]
 fn a_busy_guest_and_a_waiting_one_are_stopped_in_time() {
     let server = Server::start("behaviours", &["--instances", "1", "--timeout", "500ms"]);
     for path in ["/spin", "/sleep-for-ever"] {
         let start = Instant::now();
         let response = server.get(path);
         let id = assert_refusal(&server, &response, 504);
-        assert!(start.elapsed() >= Duration::from_millis(500), "{path}");
+        // What sleeps is told a little earlier.
+        assert!(start.elapsed() >= Duration::from_millis(450), "{path}");
         server.wait_for_log(&[&id, "in time"]);
         assert_eq!(server.get("/served").ok(), "1", "the next request has a fresh instance");
     }

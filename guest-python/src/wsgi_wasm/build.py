@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from wsgi_wasm import kdf, loading, snapshot, wsgi
+from wsgi_wasm import interrupt, kdf, loading, snapshot, wsgi
 from wsgi_wasm.streams import BodyAborted
 
 # The guest's mounts.
@@ -142,6 +142,7 @@ def _build_application(
         os.environ.update(task.get("environment") or {})
         snapshot.prepare()
         kdf.install(derivation)
+        interrupt.install()
     with stages.stage("import"):
         application: wsgi.Application
         application, report["application"] = loading.load(task["application"])

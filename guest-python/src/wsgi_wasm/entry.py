@@ -9,9 +9,9 @@ from __future__ import annotations
 import sys
 
 from componentize_py_types import Err
-from wit_world.imports import key_derivation, request_body, response
+from wit_world.imports import deadline, key_derivation, request_body, response
 
-from wsgi_wasm import build, command, snapshot, wsgi
+from wsgi_wasm import build, command, interrupt, snapshot, wsgi
 from wsgi_wasm.streams import BodyAborted, BodyTooLarge
 
 
@@ -112,7 +112,7 @@ class Handler:
         """Answers one request."""
         try:
             if snapshot.stale:
-                snapshot.renew()
+                _wake()
             return wsgi.run(_application, environ, body, _HOST)
         except BaseException as error:
             # Out of memory before the application was called, say.
@@ -127,11 +127,16 @@ class Command:
         """Runs a command line that starts with `python`."""
         try:
             if snapshot.stale:
-                snapshot.renew()
+                _wake()
             return command.run(arguments)
         except BaseException as error:
             _report(error)
             return 1
+
+
+def _wake() -> None:
+    snapshot.renew()
+    interrupt.arm(deadline.time_left)
 
 
 def _report(error: BaseException) -> None:

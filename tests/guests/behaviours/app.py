@@ -352,6 +352,19 @@ def big_file(environ, start_response):
     return iter(lambda: file.read(8192), b"")
 
 
+def collect_for_ever(environ, start_response):
+    """Collects sums, at a pace that memory bears."""
+    kept = []
+    while True:
+        kept.append([sum(range(1000))])
+
+
+def nap(environ, start_response):
+    """Sleeps for as long as the query says, or as it may."""
+    time.sleep(float(environ["QUERY_STRING"]))
+    return reply(start_response, "slept")
+
+
 def keep_temporary(environ, start_response):
     """Leaves as many mebibytes as the query says in `/tmp`."""
     with open("/tmp/kept", "wb") as file:
@@ -673,7 +686,7 @@ ROUTES = {
     for function in (
         hello, show_environ, echo, count, count_only, lines, use_input, read_and_tell, ignore_body, stream_too_much,
         whole_too_much, whole_too_little, late_start, replace_head, replace_sent_head, start_twice, wrong_start,
-        ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, keep_temporary,
+        ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, nap, keep_temporary,
         early_hints, late_early_hints, large, large_whole, stream, stream_exact,
         stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
