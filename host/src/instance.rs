@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Method;
 use wasmtime::component::{HasSelf, Linker, ResourceTable};
-use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
+use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use crate::clock::{Clock, Elapsed};
@@ -17,7 +17,7 @@ use crate::failure::Failure;
 use crate::file_part::FilePart;
 use crate::files::host::FileView;
 use crate::files::{self, FileSpace, Files};
-use crate::guest_log::GuestLog;
+use crate::guest_log::{GuestLog, LineBudget, Printable};
 use crate::key_derivation::{self, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
 use crate::request_id::RequestId;
@@ -41,6 +41,11 @@ use bindings::wsgi_wasm::gateway::{key_derivation as wit_key_derivation, request
 const MAX_READ: u32 = 1 << 20;
 /// Random bytes that a guest may ask for in one call.
 const MAX_RANDOM: u64 = 1 << 20;
+/// Time that a guest may take to start. Ours does nothing then; one that never
+/// comes to an end would hold up the server's start, or a request.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of a trap's reason that are logged: a guest may have words in it.
+const MAX_REASON: usize = 500;
 /// Elements that all tables of an instance may have together.
 const MAX_TABLE_ELEMENTS: usize = 100_000;
 
@@ -61,6 +66,8 @@ pub struct Grants {
     pub scheduler: Arc<Scheduler>,
     /// What may be reached on the network.
     pub network: Arc<NetworkGrants>,
+    /// How much the app may log.
+    pub log: Arc<LineBudget>,
 }
 
 /// An app's code, linked with the host and ready to be instantiated.
@@ -135,9 +142,10 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// If the program needs more than its grants, or the pool is full.
+    /// If the program needs more than its grants, does not start, or the pool
+    /// is full.
     pub async fn new(program: &Program, grants: &Grants, streams: Streams) -> wasmtime::Result<Instance> {
-        let log = GuestLog::new(Arc::clone(&grants.name));
+        let log = GuestLog::new(Arc::clone(&grants.name), Arc::clone(&grants.log));
         let mut wasi = WasiCtxBuilder::new();
         wasi.envs(&grants.environment).max_random_size(MAX_RANDOM);
         match streams {
@@ -171,8 +179,16 @@ impl Instance {
         store.set_hostcall_fuel(HOSTCALL_FUEL);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(on_epoch);
-        let guest = program.linked.instantiate_async(&mut store).await?;
-        Ok(Instance { store, guest, requests: 0 })
+        // A component may run code of its own here.
+        let (clock, slot) = (store.data().clock.clone(), Arc::clone(&store.data().turn.slot));
+        clock.start(Some(START_TIMEOUT), None);
+        let started = clock.enforce(program.linked.instantiate_async(&mut store), || put(&slot, None)).await;
+        clock.start(None, None);
+        store.data_mut().turn.charge(&clock);
+        match started {
+            Ok(guest) => Ok(Instance { store, guest: guest?, requests: 0 }),
+            Err(Elapsed) => Err(Elapsed.into()),
+        }
     }
 
     /// Lets the guest answer one request within `limit` of its own time and
@@ -210,17 +226,19 @@ impl Instance {
         let outcome = clock.enforce(call, || put(&slot, None)).await;
         let state = self.store.data_mut();
         state.turn.charge(&clock);
-        state.log.end();
-        let exchange = state.exchange.take().ok_or(Failure::Trap)?;
-        let returned = match outcome {
-            Ok(Ok(returned)) => returned,
-            Ok(Err(error)) if error.is::<Elapsed>() => return Err(Failure::Timeout),
-            Err(Elapsed) => return Err(Failure::Timeout),
+        let outcome = match outcome {
+            Ok(Ok(returned)) => Ok(returned),
+            Ok(Err(error)) if error.is::<Elapsed>() => Err(Failure::Timeout),
+            Err(Elapsed) => Err(Failure::Timeout),
             Ok(Err(trap)) => {
-                tracing::error!(app = %state.name, %request, "the guest trapped: {trap:#}");
-                return Err(Failure::Trap);
+                let (reason, frames) = explain(&trap);
+                state.log.explain(&format!("the guest trapped: {reason}\n{frames}"));
+                Err(Failure::Trap)
             }
         };
+        state.log.end();
+        let exchange = state.exchange.take().ok_or(Failure::Trap)?;
+        let returned = outcome?;
         if returned.is_empty() {
             return exchange.conclude().map(|()| Reply::Streamed);
         }
@@ -262,6 +280,14 @@ impl Instance {
     pub fn memory_used(&self) -> usize {
         self.store.data().limits.memory_used
     }
+}
+
+/// Why a guest trapped, and where. Names in it are the guest's own, and so are
+/// parts of some reasons.
+pub fn explain(trap: &wasmtime::Error) -> (String, String) {
+    let reason = Printable(&trap.root_cause().to_string(), MAX_REASON).to_string();
+    let frames = trap.downcast_ref::<WasmBacktrace>().map(ToString::to_string).unwrap_or_default();
+    (reason, frames)
 }
 
 /// Runs in the guest's fiber at the first loop or call after each tick: other
