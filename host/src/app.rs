@@ -18,6 +18,7 @@ use crate::files::granted::Quota;
 use crate::files::{FileGrants, Files, memory};
 use crate::guest_log::LineBudget;
 use crate::instance::{self, Grants, Program};
+use crate::key_derivation::Derivations;
 use crate::network::NetworkGrants;
 use crate::pool::Isolation;
 use crate::scheduler::Share;
@@ -48,6 +49,7 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, share: Arc<Share>) 
         memory: usize::try_from(config.limits.memory).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
+        derivations: Arc::new(Derivations::new(Arc::clone(&share))),
         share,
         scheduler: Arc::clone(&shared.scheduler),
         network: Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),

@@ -24,12 +24,12 @@ use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use anyhow::{Context as _, Result, bail};
-use serde::{Deserialize, Serialize};
-use sha2::{Digest as _, Sha256};
 use crate::cache::{self, Bucket, Cache, Key, Links, walk};
 use crate::error::UserError;
 use crate::files::image::Image;
+use anyhow::{Context as _, Result, bail};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
 const MANIFEST_SECTION: &str = "wsgi-wasm:manifest";
 const LAYER_SECTION: &str = "wsgi-wasm:layer:";

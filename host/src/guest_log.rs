@@ -40,8 +40,7 @@ struct Spent {
 impl LineBudget {
     /// So many lines in a second.
     pub fn new(per_second: u32) -> LineBudget {
-        let state =
-            Spent { left: f64::from(per_second) * BURST, filled_at: Instant::now(), dropped: 0 };
+        let state = Spent { left: f64::from(per_second) * BURST, filled_at: Instant::now(), dropped: 0 };
         LineBudget { per_second, state: Mutex::new(state) }
     }
 

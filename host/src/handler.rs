@@ -39,6 +39,8 @@ pub struct RequestLimits {
     pub body: u64,
     /// Bytes of a response body.
     pub response: u64,
+    /// Time that a response may take once its head is out.
+    pub response_time: Duration,
     /// Time that the guest may take until the head of its response, and again
     /// for each piece of the body.
     pub timeout: Duration,
@@ -186,7 +188,7 @@ async fn run(app: &App, observer: Observer, input: Input, times: &mut Times) -> 
     let lease = lease?;
     times.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
-    let exchange = Exchange::new(body, sender, app.limits.response, app.limits.client_idle).with_hints(hints);
+    let exchange = Exchange::new(body, sender, &app.limits).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
     let call = call(lease, observer.id, observer.method.clone(), environ, inline, exchange, limits);
     Ok(Running { call: Some(Box::pin(call)), events, observer, failed: None })
@@ -209,6 +211,11 @@ impl Observer {
         }
         let Err(failure) = outcome else { return };
         let app = self.tenant.as_ref().map_or("-", |tenant| tenant.config.name.as_str());
+        match self.tenant.as_ref().map_or(Some(0), |tenant| tenant.may_log()) {
+            None => return,
+            Some(0) => {}
+            Some(dropped) => tracing::warn!(%app, "{dropped} failures were not logged: too many in a second"),
+        }
         if failure.is_servers_fault() {
             tracing::error!(%app, %request, %method, "{failure}");
         } else {

@@ -18,7 +18,7 @@ use crate::file_part::FilePart;
 use crate::files::host::FileView;
 use crate::files::{self, FileSpace, Files};
 use crate::guest_log::{GuestLog, LineBudget, Printable};
-use crate::key_derivation::{self, Digest, Refusal};
+use crate::key_derivation::{self, Derivations, Derived, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
 use crate::request_id::RequestId;
 use crate::scheduler::{Scheduler, Share, Slot};
@@ -68,6 +68,8 @@ pub struct Grants {
     pub network: Arc<NetworkGrants>,
     /// How much the app may log.
     pub log: Arc<LineBudget>,
+    /// The app's part in the key derivations.
+    pub derivations: Arc<Derivations>,
 }
 
 /// An app's code, linked with the host and ready to be instantiated.
@@ -169,7 +171,7 @@ impl Instance {
                 scheduler: Arc::clone(&grants.scheduler),
             },
             log,
-            name: Arc::clone(&grants.name),
+            derivations: Arc::clone(&grants.derivations),
             exchange: None,
             space: grants.files.space(),
             reach,
@@ -349,7 +351,7 @@ pub struct HostState {
     clock: Clock,
     turn: Turn,
     log: GuestLog,
-    name: Arc<str>,
+    derivations: Arc<Derivations>,
     /// The request that the guest works on.
     exchange: Option<Exchange>,
     space: FileSpace,
@@ -490,7 +492,9 @@ impl wit_key_derivation::Host for HostState {
             Wit::Sha3384 => Digest::Sha3_384,
             Wit::Sha3512 => Digest::Sha3_512,
         };
-        derived(key_derivation::pbkdf2_hmac(digest, password, salt, iterations, length).await)
+        let derived =
+            key_derivation::pbkdf2_hmac(&self.derivations, digest, password, salt, iterations, length).await;
+        self.derived(derived)
     }
 
     async fn scrypt(
@@ -502,13 +506,25 @@ impl wit_key_derivation::Host for HostState {
         p: u32,
         length: u32,
     ) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
-        derived(key_derivation::scrypt(password, salt, n, r, p, length).await)
+        let derived = key_derivation::scrypt(&self.derivations, password, salt, n, r, p, length).await;
+        self.derived(derived)
     }
 }
 
-fn derived(result: Result<Vec<u8>, Refusal>) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
-    result.map_err(|refusal| match refusal {
-        Refusal::Invalid(reason) => wit_key_derivation::DerivationError::Invalid(reason),
-        Refusal::TooExpensive(reason) => wit_key_derivation::DerivationError::TooExpensive(reason),
-    })
+impl HostState {
+    /// Counts the time that a derivation took as the request's own.
+    fn derived(&mut self, derived: Derived) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
+        match derived {
+            Ok((key, spent)) => {
+                self.clock.spend(spent);
+                // The tenant was charged for it already.
+                self.turn.charged += u64::try_from(spent.as_micros()).unwrap_or(u64::MAX);
+                Ok(key)
+            }
+            Err(Refusal::Invalid(reason)) => Err(wit_key_derivation::DerivationError::Invalid(reason)),
+            Err(Refusal::TooExpensive(reason)) => {
+                Err(wit_key_derivation::DerivationError::TooExpensive(reason))
+            }
+        }
+    }
 }
