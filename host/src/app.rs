@@ -17,7 +17,9 @@ use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::{FileGrants, Files, memory};
 use crate::footprint::Footprint;
-use crate::instance::{Grants, Program};
+use crate::guest_log::LineBudget;
+use crate::instance::{self, Grants, Program};
+use crate::key_derivation::Derivations;
 use crate::network::NetworkGrants;
 use crate::pool::Isolation;
 use crate::scheduler::Share;
@@ -53,10 +55,12 @@ pub fn load_artifact(
         memory: usize::try_from(config.limits.memory).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
+        derivations: Arc::new(Derivations::new(Arc::clone(&share))),
         share,
         scheduler: Arc::clone(&shared.scheduler),
         footprint,
         network: Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),
+        log: Arc::new(LineBudget::new(config.limits.log_lines)),
     };
     Ok((program, grants))
 }
@@ -141,12 +145,14 @@ fn locate(cache: &Cache, name: Option<&str>, source: &SourceArgs) -> Result<Path
 }
 
 /// Why the first instance could not be made, for the user.
-pub fn refuse_start(name: &str, memory: u64, error: wasmtime::Error) -> anyhow::Error {
-    let text = format!("{error:#}");
+pub fn refuse_start(name: &str, memory: u64, error: &wasmtime::Error) -> anyhow::Error {
+    let text = instance::explain(error).0;
     if text.contains("memory") && text.contains("limit") || text.contains("minimum size") {
         return UserError::new(format!("the app `{}` does not fit in {}: {text}", name, Size(memory)))
             .remedy("raise the limit with `--memory`, for example `--memory 256MiB`")
             .into();
     }
-    anyhow::Error::from(error).context(format!("failed to start the app `{name}`"))
+    UserError::new(format!("failed to start the app `{name}`: {text}"))
+        .remedy("its log may say more; build it again if it was changed by other tools")
+        .into()
 }

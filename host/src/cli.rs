@@ -131,6 +131,12 @@ pub struct ServeArgs {
     /// Largest request body
     #[arg(long, value_name = "SIZE", default_value = "16MiB")]
     pub max_body: Size,
+    /// Time that a response may take from its first byte to its last
+    #[arg(long, value_name = "TIME", default_value = "1h")]
+    pub response_time: Time,
+    /// Lines that the app may log in a second, on average over five
+    #[arg(long, value_name = "N", default_value_t = 1000)]
+    pub log_lines: u32,
     /// Requests that may wait for an instance
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub queue: u32,

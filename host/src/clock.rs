@@ -118,6 +118,11 @@ impl Clock {
         self.0.cpu_used.load(Ordering::Relaxed) + running
     }
 
+    /// Counts processor time that was spent for the guest elsewhere.
+    pub fn spend(&self, time: Duration) {
+        self.0.cpu_used.fetch_add(microseconds(time), Ordering::Relaxed);
+    }
+
     /// Stops the deadline until the guard is dropped; then the guest has again
     /// what was left.
     pub fn pause(&self) -> Pause<'_> {

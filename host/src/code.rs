@@ -22,6 +22,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail};
+use rustix::process::{Resource, Rlimit, getrlimit, nice, setrlimit};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 use wasmtime::component::Component;
@@ -31,6 +32,16 @@ use crate::artifact::{Artifact, Digests};
 use crate::cache::{self, Bucket, CACHE_VARIABLE, Cache, Key};
 use crate::engine;
 use crate::error::UserError;
+use crate::guest_log::Printable;
+use crate::units::Size;
+
+/// What compiling one component may take. An interpreter takes about half a
+/// gigabyte and 15 seconds of processor time; a component of 35 kB that is made
+/// for it could take all memory there is, and hours.
+const COMPILE_MEMORY: u64 = 2 << 30;
+const COMPILE_SECONDS: u64 = 180;
+/// Bytes of the compiler's message that are passed on.
+const MAX_MESSAGE: usize = 2000;
 
 /// Files of an app's entry.
 const LAYOUT: &str = "layout.json";
@@ -210,7 +221,9 @@ fn compile_in_child(
         command.arg("--code").arg(value.get_name());
     }
     let done = command.output().context("failed to start the compiler process")?;
-    let message = String::from_utf8_lossy(&done.stderr).trim().to_owned();
+    let message = String::from_utf8_lossy(&done.stderr);
+    // The words of a hostile component may be in it.
+    let message = Printable(message.trim(), MAX_MESSAGE).to_string();
     match done.status.code() {
         Some(0) => Ok(()),
         Some(status) if status == i32::from(crate::error::EXIT_USAGE) => {
@@ -219,7 +232,15 @@ fn compile_in_child(
                 .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
                 .into())
         }
-        _ => bail!("the compiler process ended with {}: {message}", done.status),
+        Some(_) => bail!("the compiler process ended with {}: {message}", done.status),
+        None => Err(UserError::new(format!(
+            "compiling `{}` was stopped: {}; it may take {} of memory and {COMPILE_SECONDS} seconds of processor time",
+            artifact.path.display(),
+            done.status,
+            Size(COMPILE_MEMORY)
+        ))
+        .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
+        .into()),
     }
 }
 
@@ -232,6 +253,7 @@ fn compile_in_child(
 /// A [`UserError`] if the component is not valid, or can not be shared as
 /// `sharing` demands.
 pub fn compile(input: &Path, output: &Path, sharing: Option<Sharing>) -> Result<()> {
+    limit_compiler();
     let component = std::fs::read(input).with_context(|| format!("failed to read `{}`", input.display()))?;
     let compiler =
         Compiler { engine: engine::compiler().map_err(anyhow::Error::from)?, cache: Cache::open()?, output };
@@ -256,6 +278,18 @@ pub fn compile(input: &Path, output: &Path, sharing: Option<Sharing>) -> Result<
         }
     };
     compiler.write(LAYOUT, &serde_json::to_vec(&layout)?)
+}
+
+/// Bounds what this process may take, and lets the server go before it.
+fn limit_compiler() {
+    for (resource, limit) in
+        [(Resource::Data, COMPILE_MEMORY), (Resource::Cpu, COMPILE_SECONDS), (Resource::Core, 0)]
+    {
+        let maximum = getrlimit(resource).maximum.map_or(limit, |maximum| maximum.min(limit));
+        // Lowering is always allowed, where the limit exists at all.
+        let _ = setrlimit(resource, Rlimit { current: Some(maximum), maximum: Some(maximum) });
+    }
+    let _ = nice(10);
 }
 
 /// The state of the child process.
@@ -421,9 +455,11 @@ mod tests {
             )
             .unwrap(),
             network: Arc::new(NetworkGrants::new(Vec::new(), 0)),
+            log: Arc::new(crate::guest_log::LineBudget::new(0)),
             share: Share::new(1, None),
             footprint: crate::footprint::Footprint::new(None),
             scheduler: Scheduler::new(),
+            derivations: Arc::new(crate::key_derivation::Derivations::new(Share::new(1, None))),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

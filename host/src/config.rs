@@ -158,6 +158,10 @@ pub struct LimitsSection {
     pub queue_wait: Option<Time>,
     /// Requests in each second.
     pub requests_per_second: Option<u32>,
+    /// Lines that the app may log in each second, on average over five.
+    pub log_lines: Option<u32>,
+    /// Time that a response may take from its first byte to its last.
+    pub response_time: Option<Time>,
 }
 
 /// Where a secret comes from.
@@ -276,6 +280,10 @@ pub struct Limits {
     pub queue_wait: Duration,
     /// Requests in each second.
     pub requests_per_second: Option<u32>,
+    /// Lines that the app may log in each second.
+    pub log_lines: u32,
+    /// Time that a response may take from its first byte to its last.
+    pub response_time: Duration,
 }
 
 /// The limits that hold where nothing is said.
@@ -290,6 +298,8 @@ pub const DEFAULT_LIMITS: Limits = Limits {
     queue: 256,
     queue_wait: Duration::from_secs(5),
     requests_per_second: None,
+    log_lines: 1000,
+    response_time: Duration::from_secs(3600),
 };
 
 /// The instances that a tenant has where nothing is said.
@@ -662,6 +672,8 @@ fn resolve_limits(own: &LimitsSection, shared: &LimitsSection) -> Limits {
         queue: own.queue.or(shared.queue).map_or(DEFAULT_LIMITS.queue, |queue| queue as usize),
         queue_wait: time(own.queue_wait, shared.queue_wait, DEFAULT_LIMITS.queue_wait),
         requests_per_second: own.requests_per_second.or(shared.requests_per_second),
+        log_lines: own.log_lines.or(shared.log_lines).unwrap_or(DEFAULT_LIMITS.log_lines),
+        response_time: time(own.response_time, shared.response_time, DEFAULT_LIMITS.response_time),
     }
 }
 

@@ -23,8 +23,9 @@ const FIBER_STACK: usize = WASM_STACK + (2 << 20);
 
 /// Bytes a single call between guest and host may carry in lists and strings.
 /// A guard against a guest that passes a huge list: wasmtime copies it into
-/// host memory before we see it. Bodies travel in smaller chunks.
-pub const HOSTCALL_FUEL: usize = 32 << 20;
+/// host memory before we see it, and does not yield while it does. Bodies
+/// travel in chunks of a mebibyte.
+pub const HOSTCALL_FUEL: usize = 4 << 20;
 
 /// Handles to host resources (files, streams, pollables) that one instance may
 /// hold at a time.
@@ -93,6 +94,8 @@ pub fn runner(instances: u32) -> Result<Engine> {
         .table_keep_resident(1 << 20)
         .async_stack_keep_resident(64 << 10);
     let mut config = code_config();
+    // Else a stack stays as large as the deepest recursion that was ever on it.
+    config.async_stack_zeroing(true);
     config.allocation_strategy(InstanceAllocationStrategy::Pooling(pool));
     Engine::new(&config)
 }

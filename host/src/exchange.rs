@@ -268,6 +268,9 @@ pub struct Exchange {
     /// How long the client may take no byte.
     idle: Duration,
     footprint: Arc<Footprint>,
+    /// How long the response may take once it has begun, and when it has to end.
+    time: Duration,
+    end: Option<Instant>,
     /// The way to send interim responses, if the client can take them.
     hints: Option<EarlyHints>,
 }
@@ -298,6 +301,8 @@ impl Exchange {
             allowed: limits.response,
             idle: limits.client_idle,
             footprint: Arc::clone(footprint),
+            time: limits.response_time,
+            end: None,
             hints: None,
         }
     }
@@ -328,6 +333,11 @@ impl Exchange {
                 Err(rule) => return Err(self.refuse(rule)),
             }
             checked.extend_from_slice(b"\r\n");
+        }
+        // What is sent before the response counts like what is in it.
+        match self.allowed.checked_sub(checked.len() as u64) {
+            Some(allowed) => self.allowed = allowed,
+            None => return Err(self.refuse("its early hints are larger than the limit")),
         }
         let Some(hints) = &self.hints else { return Ok(()) };
         match tokio::time::timeout(self.idle, hints.send(&checked)).await {
@@ -369,6 +379,7 @@ impl Exchange {
         match parse_head(head) {
             Ok((head, [])) => {
                 self.phase = Phase::Started;
+                self.end = Instant::now().checked_add(self.time);
                 self.announced = head.content_length();
                 self.send(Event::Head(head)).await
             }
@@ -393,6 +404,9 @@ impl Exchange {
         match self.allowed.checked_sub(length) {
             Some(allowed) => self.allowed = allowed,
             None => return Err(self.refuse("its body is larger than the limit")),
+        }
+        if self.end.is_some_and(|end| end <= Instant::now()) {
+            return Err(self.refuse("it took longer than the limit"));
         }
         let held = self.footprint.hold(length);
         self.send(Event::Chunk(chunk.into(), held)).await?;
@@ -441,7 +455,9 @@ impl Exchange {
             Ok(()) => Ok(()),
             Err(mpsc::error::TrySendError::Closed(_)) => Err(SendError::ClientGone),
             Err(mpsc::error::TrySendError::Full(event)) => {
-                match self.events.send_timeout(event, self.idle).await {
+                let left =
+                    self.end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()));
+                match self.events.send_timeout(event, self.idle.min(left)).await {
                     Ok(()) => Ok(()),
                     Err(_) => Err(SendError::ClientGone),
                 }
@@ -520,11 +536,10 @@ struct Lines<'a> {
 impl<'a> Lines<'a> {
     /// The next line, without its end.
     fn next(&mut self) -> Result<&'a [u8], &'static str> {
-        let end = self
-            .rest
+        // No further than it may be: what follows can be large.
+        let end = self.rest[..self.rest.len().min(self.left.saturating_add(2))]
             .windows(2)
             .position(|pair| pair == b"\r\n")
-            .filter(|end| *end <= self.left)
             .ok_or("the head is too long or has no end")?;
         let (line, rest) = (&self.rest[..end], &self.rest[end + 2..]);
         self.rest = rest;

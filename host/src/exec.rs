@@ -37,7 +37,7 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     runtime.block_on(async {
         let mut instance = Instance::new(&program, &grants, Streams::Inherit)
             .await
-            .map_err(|error| app::refuse_start(&grants.name, args.grants.memory.0, error))?;
+            .map_err(|error| app::refuse_start(&grants.name, args.grants.memory.0, &error))?;
         match instance.run_command(&args.command, args.timeout.map(|time| time.0)).await {
             Ok(status) => Ok(status),
             Err(error) if error.is::<Elapsed>() => {

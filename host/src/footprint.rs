@@ -31,11 +31,6 @@ impl Footprint {
         self.held.load(Ordering::Relaxed)
     }
 
-    /// Whether nothing more fits.
-    pub fn is_full(&self) -> bool {
-        self.held() >= self.limit
-    }
-
     /// Counts `bytes` that are held in any case, for as long as the guard lives.
     pub fn hold(self: &Arc<Self>, bytes: u64) -> Held {
         self.held.fetch_add(bytes, Ordering::Relaxed);
@@ -92,9 +87,9 @@ mod tests {
         let footprint = Footprint::new(Some(100));
         let mut one = footprint.hold(10);
         let mut two = footprint.hold(0);
-        assert!(two.grow(90) && !two.grow(1) && footprint.is_full());
+        assert!(two.grow(90) && !two.grow(1));
         one.set(5);
-        assert!(!footprint.is_full() && two.grow(5));
+        assert!(two.grow(5));
         two.shrink(50);
         assert_eq!(footprint.held(), 50);
         drop((one, two));

@@ -139,7 +139,7 @@ async fn respond(
         record.tenant = tenant;
         record.queued = queued;
         record.leased = leased;
-        if matches!(response.body(), ResponseBody::Complete(..)) {
+        if matches!(response.body(), ResponseBody::Complete { .. }) {
             record.guest = leased.map(|leased| leased.elapsed());
         }
     }

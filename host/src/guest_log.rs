@@ -1,6 +1,8 @@
 //! What a guest writes to its standard output and error, as lines of our log.
 
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
 
 use bytes::Bytes;
 use tokio::io::AsyncWrite;
@@ -15,6 +17,71 @@ const MAX_LINE: usize = 8 << 10;
 /// writes more would drown its neighbours' lines.
 const MAX_LINES: u32 = 1000;
 
+/// How many lines may be logged in a second, on average over [`BURST`] of
+/// them. One for each app: neither its own lines nor ours about it may drown
+/// those about others, or keep the host busy.
+#[derive(Debug)]
+pub struct LineBudget {
+    per_second: u32,
+    state: Mutex<Spent>,
+}
+
+/// Seconds whose lines may come at once.
+const BURST: f64 = 5.0;
+
+#[derive(Debug)]
+struct Spent {
+    left: f64,
+    filled_at: Instant,
+    /// Lines that were refused since the last one that was not.
+    dropped: u64,
+}
+
+impl LineBudget {
+    /// So many lines in a second.
+    pub fn new(per_second: u32) -> LineBudget {
+        let state = Spent { left: f64::from(per_second) * BURST, filled_at: Instant::now(), dropped: 0 };
+        LineBudget { per_second, state: Mutex::new(state) }
+    }
+
+    /// Takes one line out of the budget and says how many had to be dropped
+    /// before it; none if it must be dropped too.
+    pub fn take(&self) -> Option<u64> {
+        let mut spent = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let (now, rate) = (Instant::now(), f64::from(self.per_second));
+        let gained = now.duration_since(spent.filled_at).as_secs_f64() * rate;
+        spent.left = (spent.left + gained).min(rate * BURST);
+        spent.filled_at = now;
+        if spent.left < 1.0 {
+            spent.dropped += 1;
+            return None;
+        }
+        spent.left -= 1.0;
+        Some(std::mem::take(&mut spent.dropped))
+    }
+}
+
+/// Text of a guest's, made fit for our log: at most so many bytes of it, and
+/// no control characters, which could forge lines or drive the operator's
+/// terminal.
+pub struct Printable<'a>(pub &'a str, pub usize);
+
+impl fmt::Display for Printable<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        use fmt::Write as _;
+        let Printable(text, most) = self;
+        let shown = &text[..text.floor_char_boundary(*most)];
+        for c in shown.chars() {
+            if c.is_control() && c != '\t' {
+                write!(f, "{}", c.escape_default())?;
+            } else {
+                f.write_char(c)?;
+            }
+        }
+        if shown.len() < text.len() { f.write_str(" [cut]") } else { Ok(()) }
+    }
+}
+
 /// The log of one instance. Clones write to the same one.
 #[derive(Clone, Debug)]
 pub struct GuestLog(Arc<Mutex<State>>);
@@ -22,6 +89,7 @@ pub struct GuestLog(Arc<Mutex<State>>);
 #[derive(Debug)]
 struct State {
     app: Arc<str>,
+    budget: Arc<LineBudget>,
     request: Option<RequestId>,
     /// A line whose end has not come yet.
     line: Vec<u8>,
@@ -31,9 +99,19 @@ struct State {
 }
 
 impl GuestLog {
-    /// A log whose lines name `app`.
-    pub fn new(app: Arc<str>) -> GuestLog {
-        GuestLog(Arc::new(Mutex::new(State { app, request: None, line: Vec::new(), cut: false, lines: 0 })))
+    /// A log whose lines name `app` and are within `budget`.
+    pub fn new(app: Arc<str>, budget: Arc<LineBudget>) -> GuestLog {
+        let state = State { app, budget, request: None, line: Vec::new(), cut: false, lines: 0 };
+        GuestLog(Arc::new(Mutex::new(state)))
+    }
+
+    /// Logs each line of `text`, as if the guest had written it.
+    pub fn explain(&self, text: &str) {
+        self.with(|state| {
+            state.end_line();
+            state.write(text.as_bytes());
+            state.end_line();
+        });
     }
 
     /// Lines from here on belong to `request`.
@@ -86,21 +164,18 @@ impl State {
     }
 
     fn emit(&self) {
-        // Control characters could forge lines or drive the operator's terminal.
-        let mut text: String = String::from_utf8_lossy(&self.line)
-            .chars()
-            .flat_map(|c| {
-                let escape = c.is_control() && c != '\t';
-                let plain = (!escape).then_some(c);
-                plain.into_iter().chain(c.escape_default().filter(move |_| escape))
-            })
-            .collect();
-        if self.cut {
-            text.push_str(" [cut]");
+        match self.budget.take() {
+            None => return,
+            Some(0) => {}
+            Some(dropped) => {
+                tracing::warn!(target: "app", app = %self.app, "[{dropped} lines were dropped: too many in a second]");
+            }
         }
+        let text = String::from_utf8_lossy(&self.line);
+        let (text, end) = (Printable(&text, usize::MAX), if self.cut { " [cut]" } else { "" });
         match self.request {
-            Some(request) => tracing::info!(target: "app", app = %self.app, %request, "{text}"),
-            None => tracing::info!(target: "app", app = %self.app, "{text}"),
+            Some(request) => tracing::info!(target: "app", app = %self.app, %request, "{text}{end}"),
+            None => tracing::info!(target: "app", app = %self.app, "{text}{end}"),
         }
     }
 }
@@ -139,5 +214,28 @@ impl OutputStream for GuestLog {
 
     fn check_write(&mut self) -> StreamResult<usize> {
         Ok(64 << 10)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_budget_lets_a_burst_pass_and_counts_the_rest() {
+        let budget = LineBudget::new(2);
+        let granted = (0..100).filter(|_| budget.take().is_some()).count();
+        // A slow machine may earn one or two more on the way.
+        assert!((10..20).contains(&granted), "{granted}");
+        let earlier = Instant::now().checked_sub(std::time::Duration::from_secs(2)).unwrap();
+        budget.state.lock().unwrap().filled_at = earlier;
+        assert_eq!(budget.take(), Some(100 - granted as u64));
+        assert_eq!(budget.take(), Some(0));
+    }
+
+    #[test]
+    fn what_a_guest_says_stays_one_line() {
+        assert_eq!(Printable("a\tb\r\n\x1b[31mc\u{85}", 100).to_string(), "a\tb\\r\\n\\u{1b}[31mc\\u{85}");
+        assert_eq!(Printable("caf\u{e9}", 4).to_string(), "caf [cut]");
     }
 }

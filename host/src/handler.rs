@@ -43,6 +43,8 @@ pub struct RequestLimits {
     pub body: u64,
     /// Bytes of a response body.
     pub response: u64,
+    /// Time that a response may take once its head is out.
+    pub response_time: Duration,
     /// Time that the guest may take until the head of its response, and again
     /// for each piece of the body.
     pub timeout: Duration,
@@ -157,7 +159,7 @@ async fn respond(
         First::Complete(head, body) => {
             observer.ended(Ok(()));
             let held = app.footprint.hold(body.len() as u64);
-            Ok(head.into_response(ResponseBody::Complete(body, Some(held))))
+            Ok(head.into_response(ResponseBody::Complete { rest: body, _held: Some(held) }))
         }
         First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
         First::File(head, part) => {
@@ -217,6 +219,11 @@ impl Observer {
         }
         let Err(failure) = outcome else { return };
         let app = self.tenant.as_ref().map_or("-", |tenant| tenant.config.name.as_str());
+        match self.tenant.as_ref().map_or(Some(0), |tenant| tenant.may_log()) {
+            None => return,
+            Some(0) => {}
+            Some(dropped) => tracing::warn!(%app, "{dropped} failures were not logged: too many in a second"),
+        }
         if failure.is_servers_fault() {
             tracing::error!(%app, %request, %method, "{failure}");
         } else {
@@ -284,7 +291,10 @@ impl Running {
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         loop {
             match self.events.try_recv() {
-                Ok(Event::Chunk(chunk, _)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
+                Ok(Event::Chunk(chunk, held)) => {
+                    drop(held);
+                    return Poll::Ready(Some(Ok(Frame::data(chunk))));
+                }
                 Ok(Event::End) => {
                     self.observer.ended(Ok(()));
                     return Poll::Ready(None);
@@ -359,8 +369,13 @@ impl Drop for Running {
 
 /// The body of a response.
 pub enum ResponseBody {
-    /// What is left of it, and that it is held.
-    Complete(Bytes, Option<Held>),
+    /// All of it, or what is left.
+    Complete {
+        /// What hyper has not taken yet.
+        rest: Bytes,
+        /// That its tenant holds it.
+        _held: Option<Held>,
+    },
     /// What the guest still works on.
     Streaming(Running),
     /// A part of a file, and what tells whose it is.
@@ -376,7 +391,7 @@ impl Body for ResponseBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         match self.get_mut() {
-            ResponseBody::Complete(rest, _) => {
+            ResponseBody::Complete { rest, .. } => {
                 // In pieces, so that hyper holds few of a large body's bytes
                 // when it drops the body.
                 let piece = rest.split_to(rest.len().min(PIECE));
@@ -396,7 +411,7 @@ impl Body for ResponseBody {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            ResponseBody::Complete(rest, _) => rest.is_empty(),
+            ResponseBody::Complete { rest, .. } => rest.is_empty(),
             ResponseBody::Streaming(_) => false,
             ResponseBody::File(part, _) => part.left() == 0,
         }
@@ -404,7 +419,7 @@ impl Body for ResponseBody {
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            ResponseBody::Complete(rest, _) => SizeHint::with_exact(rest.len() as u64),
+            ResponseBody::Complete { rest, .. } => SizeHint::with_exact(rest.len() as u64),
             ResponseBody::Streaming(_) => SizeHint::default(),
             ResponseBody::File(part, _) => SizeHint::with_exact(part.left()),
         }
@@ -429,7 +444,7 @@ pub fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     let status = failure.status();
     let reason = status.canonical_reason().unwrap_or("Error");
     let text = format!("{} {reason}\nrequest {id}\n", status.as_u16());
-    let mut response = Response::new(ResponseBody::Complete(text.into(), None));
+    let mut response = Response::new(ResponseBody::Complete { rest: text.into(), _held: None });
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::Method;
 use wasmtime::component::{HasSelf, Linker, ResourceTable};
-use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline};
+use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 
 use crate::clock::{Clock, Elapsed};
@@ -18,8 +18,8 @@ use crate::file_part::FilePart;
 use crate::files::host::FileView;
 use crate::files::{self, FileSpace, Files};
 use crate::footprint::{self, Footprint, Held};
-use crate::guest_log::GuestLog;
-use crate::key_derivation::{self, Digest, Refusal};
+use crate::guest_log::{GuestLog, LineBudget, Printable};
+use crate::key_derivation::{self, Derivations, Derived, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
 use crate::request_id::RequestId;
 use crate::scheduler::{Scheduler, Share, Slot};
@@ -42,6 +42,11 @@ use bindings::wsgi_wasm::gateway::{deadline, key_derivation as wit_key_derivatio
 const MAX_READ: u32 = 1 << 20;
 /// Random bytes that a guest may ask for in one call.
 const MAX_RANDOM: u64 = 1 << 20;
+/// Time that a guest may take to start. Ours does nothing then; one that never
+/// comes to an end would hold up the server's start, or a request.
+const START_TIMEOUT: Duration = Duration::from_secs(10);
+/// Bytes of a trap's reason that are logged: a guest may have words in it.
+const MAX_REASON: usize = 500;
 /// Elements that all tables of an instance may have together.
 const MAX_TABLE_ELEMENTS: usize = 100_000;
 /// Bytes of an element: a reference to a function.
@@ -66,6 +71,10 @@ pub struct Grants {
     pub footprint: Arc<Footprint>,
     /// What may be reached on the network.
     pub network: Arc<NetworkGrants>,
+    /// How much the app may log.
+    pub log: Arc<LineBudget>,
+    /// The app's part in the key derivations.
+    pub derivations: Arc<Derivations>,
 }
 
 /// An app's code, linked with the host and ready to be instantiated.
@@ -140,9 +149,10 @@ impl Instance {
     ///
     /// # Errors
     ///
-    /// If the program needs more than its grants, or the pool is full.
+    /// If the program needs more than its grants, does not start, or the pool
+    /// is full.
     pub async fn new(program: &Program, grants: &Grants, streams: Streams) -> wasmtime::Result<Instance> {
-        let log = GuestLog::new(Arc::clone(&grants.name));
+        let log = GuestLog::new(Arc::clone(&grants.name), Arc::clone(&grants.log));
         let mut wasi = WasiCtxBuilder::new();
         wasi.envs(&grants.environment).max_random_size(MAX_RANDOM);
         match streams {
@@ -171,7 +181,7 @@ impl Instance {
                 scheduler: Arc::clone(&grants.scheduler),
             },
             log,
-            name: Arc::clone(&grants.name),
+            derivations: Arc::clone(&grants.derivations),
             exchange: None,
             space: grants.files.space(&grants.footprint),
             reach,
@@ -181,8 +191,16 @@ impl Instance {
         store.set_hostcall_fuel(HOSTCALL_FUEL);
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(on_epoch);
-        let guest = program.linked.instantiate_async(&mut store).await?;
-        Ok(Instance { store, guest, requests: 0 })
+        // A component may run code of its own here.
+        let (clock, slot) = (store.data().clock.clone(), Arc::clone(&store.data().turn.slot));
+        clock.start(Some(START_TIMEOUT), None);
+        let started = clock.enforce(program.linked.instantiate_async(&mut store), || put(&slot, None)).await;
+        clock.start(None, None);
+        store.data_mut().turn.charge(&clock);
+        match started {
+            Ok(guest) => Ok(Instance { store, guest: guest?, requests: 0 }),
+            Err(Elapsed) => Err(Elapsed.into()),
+        }
     }
 
     /// Lets the guest answer one request within `limit` of its own time and
@@ -220,17 +238,19 @@ impl Instance {
         let outcome = clock.enforce(call, || put(&slot, None)).await;
         let state = self.store.data_mut();
         state.turn.charge(&clock);
-        state.log.end();
-        let exchange = state.exchange.take().ok_or(Failure::Trap)?;
-        let returned = match outcome {
-            Ok(Ok(returned)) => returned,
-            Ok(Err(error)) if error.is::<Elapsed>() => return Err(Failure::Timeout),
-            Err(Elapsed) => return Err(Failure::Timeout),
+        let outcome = match outcome {
+            Ok(Ok(returned)) => Ok(returned),
+            Ok(Err(error)) if error.is::<Elapsed>() => Err(Failure::Timeout),
+            Err(Elapsed) => Err(Failure::Timeout),
             Ok(Err(trap)) => {
-                tracing::error!(app = %state.name, %request, "the guest trapped: {trap:#}");
-                return Err(Failure::Trap);
+                let (reason, frames) = explain(&trap);
+                state.log.explain(&format!("the guest trapped: {reason}\n{frames}"));
+                Err(Failure::Trap)
             }
         };
+        state.log.end();
+        let exchange = state.exchange.take().ok_or(Failure::Trap)?;
+        let returned = outcome?;
         if returned.is_empty() {
             return match exchange.conclude() {
                 Ok(()) => Ok(Reply::Streamed),
@@ -277,6 +297,14 @@ impl Instance {
     pub fn memory_used(&self) -> usize {
         self.store.data().limits.memory_used
     }
+}
+
+/// Why a guest trapped, and where. Names in it are the guest's own, and so are
+/// parts of some reasons.
+pub fn explain(trap: &wasmtime::Error) -> (String, String) {
+    let reason = Printable(&trap.root_cause().to_string(), MAX_REASON).to_string();
+    let frames = trap.downcast_ref::<WasmBacktrace>().map(ToString::to_string).unwrap_or_default();
+    (reason, frames)
 }
 
 /// Runs in the guest's fiber at the first loop or call after each tick: other
@@ -338,7 +366,7 @@ pub struct HostState {
     clock: Clock,
     turn: Turn,
     log: GuestLog,
-    name: Arc<str>,
+    derivations: Arc<Derivations>,
     /// The request that the guest works on.
     exchange: Option<Exchange>,
     space: FileSpace,
@@ -504,7 +532,9 @@ impl wit_key_derivation::Host for HostState {
             Wit::Sha3384 => Digest::Sha3_384,
             Wit::Sha3512 => Digest::Sha3_512,
         };
-        derived(key_derivation::pbkdf2_hmac(digest, password, salt, iterations, length).await)
+        let derived =
+            key_derivation::pbkdf2_hmac(&self.derivations, digest, password, salt, iterations, length).await;
+        self.derived(derived)
     }
 
     async fn scrypt(
@@ -516,13 +546,25 @@ impl wit_key_derivation::Host for HostState {
         p: u32,
         length: u32,
     ) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
-        derived(key_derivation::scrypt(password, salt, n, r, p, length).await)
+        let derived = key_derivation::scrypt(&self.derivations, password, salt, n, r, p, length).await;
+        self.derived(derived)
     }
 }
 
-fn derived(result: Result<Vec<u8>, Refusal>) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
-    result.map_err(|refusal| match refusal {
-        Refusal::Invalid(reason) => wit_key_derivation::DerivationError::Invalid(reason),
-        Refusal::TooExpensive(reason) => wit_key_derivation::DerivationError::TooExpensive(reason),
-    })
+impl HostState {
+    /// Counts the time that a derivation took as the request's own.
+    fn derived(&mut self, derived: Derived) -> Result<Vec<u8>, wit_key_derivation::DerivationError> {
+        match derived {
+            Ok((key, spent)) => {
+                self.clock.spend(spent);
+                // The tenant was charged for it already.
+                self.turn.charged += u64::try_from(spent.as_micros()).unwrap_or(u64::MAX);
+                Ok(key)
+            }
+            Err(Refusal::Invalid(reason)) => Err(wit_key_derivation::DerivationError::Invalid(reason)),
+            Err(Refusal::TooExpensive(reason)) => {
+                Err(wit_key_derivation::DerivationError::TooExpensive(reason))
+            }
+        }
+    }
 }

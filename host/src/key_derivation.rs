@@ -1,13 +1,19 @@
 //! Password hashing lent to guests: PBKDF2 and scrypt by the RustCrypto
 //! implementations, on threads where they may block.
+//!
+//! A derivation is work of the app that asks for it: its processor time counts
+//! for the app, and who has had the least goes first.
 
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Semaphore;
 
-/// Work that one call may ask for. Django's and Werkzeug's default costs are
-/// about a hundredth of it; a second or so of one core.
-const MAX_PBKDF2_BLOCKS: u64 = 20_000_000;
+use crate::scheduler::{Scheduler, Share, processors};
+
+/// Work that one call may ask for, some seconds of one core: it can not be
+/// interrupted. Django's and Werkzeug's default costs are a fifth of it.
+const MAX_PBKDF2_BLOCKS: u64 = 5_000_000;
 /// Memory that one call to scrypt may ask for: OpenSSL's default in CPython
 /// is 32 MiB, Werkzeug asks for 32 MiB and a little.
 const MAX_SCRYPT_BYTES: u64 = 128 << 20;
@@ -16,10 +22,27 @@ const MAX_SCRYPT_WORK: u64 = 1 << 30;
 /// Bytes of derived key; longer ones are of no use as a password's hash.
 const MAX_LENGTH: u32 = 1 << 16;
 
-/// Derivations that run at a time, in all: one per core, so that a flood of
+/// Who may derive: as many at a time as there are cores, so that a flood of
 /// logins takes no more threads and no more memory than that.
-static AT_WORK: LazyLock<Semaphore> =
-    LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, std::num::NonZero::get)));
+static TURNS: LazyLock<Arc<Scheduler>> = LazyLock::new(Scheduler::new);
+
+/// One app's part in the derivations.
+#[derive(Debug)]
+pub struct Derivations {
+    share: Arc<Share>,
+    /// Half of what there is, so that another app need not wait for this one.
+    places: Arc<Semaphore>,
+}
+
+impl Derivations {
+    /// For the app with this share.
+    pub fn new(share: Arc<Share>) -> Derivations {
+        Derivations { share, places: Arc::new(Semaphore::new((processors() / 2).max(1))) }
+    }
+}
+
+/// A key, and the processor time that it took.
+pub type Derived = Result<(Vec<u8>, Duration), Refusal>;
 
 /// Why nothing was derived.
 #[derive(Debug, PartialEq, Eq)]
@@ -65,12 +88,13 @@ impl Digest {
 ///
 /// If a parameter is out of range or asks for too much work.
 pub async fn pbkdf2_hmac(
+    app: &Derivations,
     digest: Digest,
     password: Vec<u8>,
     salt: Vec<u8>,
     iterations: u32,
     length: u32,
-) -> Result<Vec<u8>, Refusal> {
+) -> Derived {
     if iterations == 0 {
         return Err(Refusal::Invalid("iteration value must be greater than 0".into()));
     }
@@ -83,7 +107,7 @@ pub async fn pbkdf2_hmac(
             digest.length()
         )));
     }
-    run(length, move |key| {
+    run(app, length, move |key| {
         let derive = match digest {
             Digest::Md5 => pbkdf2::pbkdf2_hmac::<md5::Md5>,
             Digest::Sha1 => pbkdf2::pbkdf2_hmac::<sha1::Sha1>,
@@ -107,13 +131,14 @@ pub async fn pbkdf2_hmac(
 ///
 /// If a parameter is out of range or asks for too much work or memory.
 pub async fn scrypt(
+    app: &Derivations,
     password: Vec<u8>,
     salt: Vec<u8>,
     n: u32,
     r: u32,
     p: u32,
     length: u32,
-) -> Result<Vec<u8>, Refusal> {
+) -> Derived {
     if n < 2 || !n.is_power_of_two() {
         return Err(Refusal::Invalid("n must be a power of 2 and greater than 1".into()));
     }
@@ -131,7 +156,7 @@ pub async fn scrypt(
              and {MAX_SCRYPT_WORK} over its p passes"
         )));
     }
-    run(length, move |key| {
+    run(app, length, move |key| {
         // Fails only for a key length that was checked above.
         let _ = scrypt::scrypt(&password, &salt, &parameters, key);
     })
@@ -147,15 +172,20 @@ fn check_length(length: u32) -> Result<(), Refusal> {
 }
 
 /// Runs `derive` on a thread for blocking work, when its turn comes.
-async fn run(length: u32, derive: impl FnOnce(&mut [u8]) + Send + 'static) -> Result<Vec<u8>, Refusal> {
+async fn run(app: &Derivations, length: u32, derive: impl FnOnce(&mut [u8]) + Send + 'static) -> Derived {
     let failed = || Refusal::TooExpensive("the host could not run the derivation".into());
-    let permit = AT_WORK.acquire().await.map_err(|_| failed())?;
+    let place = Arc::clone(&app.places).acquire_owned().await.map_err(|_| failed())?;
+    let slot = Arc::clone(&TURNS).turn(Arc::clone(&app.share)).await;
+    let share = Arc::clone(&app.share);
     let derived = tokio::task::spawn_blocking(move || {
         // Held by the work, not by the request: that may be gone before.
-        let _permit = permit;
+        let _held = (place, slot);
+        let start = Instant::now();
         let mut key = vec![0; length as usize];
         derive(&mut key);
-        key
+        let spent = start.elapsed();
+        share.charge(u64::try_from(spent.as_micros()).unwrap_or(u64::MAX));
+        (key, spent)
     });
     derived.await.map_err(|_| failed())
 }
@@ -168,12 +198,18 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
     }
 
+    fn app() -> Derivations {
+        Derivations::new(Share::new(1, None))
+    }
+
     fn hex(bytes: &[u8]) -> String {
         bytes.iter().map(|byte| format!("{byte:02x}")).collect()
     }
 
     fn pbkdf2(digest: Digest, password: &str, salt: &str, iterations: u32, length: u32) -> String {
-        hex(&block_on(pbkdf2_hmac(digest, password.into(), salt.into(), iterations, length)).unwrap())
+        hex(&block_on(pbkdf2_hmac(&app(), digest, password.into(), salt.into(), iterations, length))
+            .unwrap()
+            .0)
     }
 
     /// RFC 6070 section 2, and RFC 7914 section 11 for SHA-256.
@@ -212,12 +248,14 @@ mod tests {
     #[test]
     fn scrypt_gives_the_vectors_of_the_rfc() {
         assert_eq!(
-            hex(&block_on(scrypt("password".into(), "NaCl".into(), 1024, 8, 16, 64)).unwrap()),
+            hex(&block_on(scrypt(&app(), "password".into(), "NaCl".into(), 1024, 8, 16, 64)).unwrap().0),
             "fdbabe1c9d3472007856e7190d01e9fe7c6ad7cbc8237830e77376634b373162\
              2eaf30d92e22a3886ff109279d9830dac727afb94a83ee6d8360cbdfa2cc0640"
         );
         assert_eq!(
-            hex(&block_on(scrypt("pleaseletmein".into(), "SodiumChloride".into(), 16384, 8, 1, 64)).unwrap()),
+            hex(&block_on(scrypt(&app(), "pleaseletmein".into(), "SodiumChloride".into(), 16384, 8, 1, 64))
+                .unwrap()
+                .0),
             "7023bdcb3afd7348461c06cd81fd38ebfda8fbba904f8e3ea9b543f6545da1f2\
              d5432955613f0fcf62d49705242a9af9e61e85dc0d651e40dfcf017b45575887"
         );
@@ -228,15 +266,15 @@ mod tests {
         let expensive = |result| matches!(result, Err(Refusal::TooExpensive(_)));
         let invalid = |result| matches!(result, Err(Refusal::Invalid(_)));
         let (p, s) = (Vec::new, Vec::new);
-        assert!(expensive(block_on(pbkdf2_hmac(Digest::Sha256, p(), s(), u32::MAX, 32))));
-        assert!(expensive(block_on(pbkdf2_hmac(Digest::Sha256, p(), s(), 1_000_000, 65_536))));
-        assert!(expensive(block_on(pbkdf2_hmac(Digest::Sha256, p(), s(), 1, u32::MAX))));
-        assert!(invalid(block_on(pbkdf2_hmac(Digest::Sha256, p(), s(), 0, 32))));
-        assert!(invalid(block_on(pbkdf2_hmac(Digest::Sha256, p(), s(), 1, 0))));
-        assert!(expensive(block_on(scrypt(p(), s(), 1 << 30, 8, 1, 32))));
-        assert!(expensive(block_on(scrypt(p(), s(), 2, 8, 1 << 20, 32))));
-        assert!(invalid(block_on(scrypt(p(), s(), 3, 8, 1, 32))));
-        assert!(invalid(block_on(scrypt(p(), s(), 2, 0, 1, 32))));
-        assert!(invalid(block_on(scrypt(p(), s(), 2, 8, 0, 32))));
+        assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), u32::MAX, 32))));
+        assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 1_000_000, 65_536))));
+        assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 1, u32::MAX))));
+        assert!(invalid(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 0, 32))));
+        assert!(invalid(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 1, 0))));
+        assert!(expensive(block_on(scrypt(&app(), p(), s(), 1 << 30, 8, 1, 32))));
+        assert!(expensive(block_on(scrypt(&app(), p(), s(), 2, 8, 1 << 20, 32))));
+        assert!(invalid(block_on(scrypt(&app(), p(), s(), 3, 8, 1, 32))));
+        assert!(invalid(block_on(scrypt(&app(), p(), s(), 2, 0, 1, 32))));
+        assert!(invalid(block_on(scrypt(&app(), p(), s(), 2, 8, 0, 32))));
     }
 }

@@ -14,7 +14,7 @@ use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinHandle;
 use wasmtime::component::{HasData, Linker, Resource};
 use wasmtime_wasi::async_trait;
@@ -33,6 +33,8 @@ use wasmtime_wasi::{WasiCtxBuilder, WasiCtxView};
 
 /// Sockets that an instance may have at a time.
 const MAX_SOCKETS: usize = 64;
+/// The same for all instances of an app: each is a descriptor of the host.
+const MAX_SOCKETS_TOGETHER: usize = 256;
 /// Addresses that are remembered for an instance.
 const MAX_ADDRESSES: usize = 1024;
 /// How long a lookup may take.
@@ -69,13 +71,19 @@ pub struct NetworkGrants {
     rules: Vec<Rule>,
     bytes: u64,
     lookups: Arc<Semaphore>,
+    sockets: Arc<Semaphore>,
 }
 
 impl NetworkGrants {
     /// Grants `rules`, and each instance so many `bytes` to send and receive
     /// in its life.
     pub fn new(rules: Vec<Rule>, bytes: u64) -> NetworkGrants {
-        NetworkGrants { rules, bytes, lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)) }
+        NetworkGrants {
+            rules,
+            bytes,
+            lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            sockets: Arc::new(Semaphore::new(MAX_SOCKETS_TOGETHER)),
+        }
     }
 }
 
@@ -89,8 +97,9 @@ struct Shared {
     grants: Arc<NetworkGrants>,
     /// The granted names that had an address.
     found: Mutex<HashMap<IpAddr, HashSet<String>>>,
-    /// The sockets that are open, by handle.
-    sockets: Mutex<HashSet<u32>>,
+    /// The sockets that are open, by handle, each with its place among those
+    /// of the app.
+    sockets: Mutex<HashMap<u32, OwnedSemaphorePermit>>,
     moved: AtomicU64,
     refusals: AtomicU64,
 }
@@ -253,7 +262,7 @@ impl Reach {
         self.0.found.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn sockets(&self) -> MutexGuard<'_, HashSet<u32>> {
+    fn sockets(&self) -> MutexGuard<'_, HashMap<u32, OwnedSemaphorePermit>> {
         self.0.sockets.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -464,8 +473,10 @@ impl tcp_create_socket::Host for NetworkView<'_> {
         if self.reach.sockets().len() >= MAX_SOCKETS {
             return Err(ErrorCode::NewSocketLimit.into());
         }
+        let place = Arc::clone(&self.reach.0.grants.sockets).try_acquire_owned();
+        let place = place.map_err(|_| ErrorCode::NewSocketLimit)?;
         let socket = tcp_create_socket::Host::create_tcp_socket(&mut self.inner(), family)?;
-        self.reach.sockets().insert(socket.rep());
+        self.reach.sockets().insert(socket.rep(), place);
         Ok(socket)
     }
 }

@@ -5,14 +5,15 @@
 //! trap, a timeout, a panic and a client that leaves all take the safe path.
 
 use std::hash::{BuildHasher as _, RandomState};
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use wasmtime::PoolConcurrencyLimitError;
 
 use crate::failure::Failure;
-use crate::instance::{Grants, Instance, Program, Streams, TenantFull};
+use crate::instance::{self, Grants, Instance, Program, Streams, TenantFull};
 
 /// How far instances are shared.
 #[derive(
@@ -44,8 +45,34 @@ pub struct PoolSettings {
     pub max_requests: u64,
 }
 
+/// The pools of all apps of a server. There is room for so many instances in
+/// all; those that rest make room for those that are needed.
+#[derive(Default)]
+pub struct Pools(Mutex<Vec<Weak<Pool>>>);
+
+impl Pools {
+    fn add(&self, pool: &Arc<Pool>) {
+        let mut pools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        pools.retain(|pool| pool.strong_count() > 0);
+        pools.push(Arc::downgrade(pool));
+    }
+
+    /// Drops the instance that has rested for longest. False if there is none
+    /// but those that are meant to stay.
+    fn make_room(&self) -> bool {
+        let pools = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let pools = pools.iter().filter_map(Weak::upgrade);
+        let oldest =
+            pools.filter_map(|pool| Some((pool.resting_since()?, pool))).min_by_key(|(since, _)| *since);
+        oldest.is_some_and(|(_, pool)| pool.drop_oldest())
+    }
+}
+
 /// The instances of one app.
 pub struct Pool {
+    pools: Arc<Pools>,
+    /// Another version has taken its place: nothing rests here any more.
+    is_retired: AtomicBool,
     program: Program,
     grants: Grants,
     settings: PoolSettings,
@@ -62,8 +89,10 @@ pub struct Pool {
 
 impl Pool {
     /// A pool without instances.
-    pub fn new(program: Program, grants: Grants, settings: PoolSettings) -> Arc<Pool> {
-        Arc::new(Pool {
+    pub fn new(pools: &Arc<Pools>, program: Program, grants: Grants, settings: PoolSettings) -> Arc<Pool> {
+        let pool = Arc::new(Pool {
+            pools: Arc::clone(pools),
+            is_retired: AtomicBool::new(false),
             program,
             grants,
             permits: Arc::new(Semaphore::new(settings.instances)),
@@ -71,7 +100,9 @@ impl Pool {
             waiting: AtomicUsize::new(0),
             idle: Mutex::default(),
             preparing: AtomicUsize::new(0),
-        })
+        });
+        pools.add(&pool);
+        pool
     }
 
     /// Makes the first instance: an app that can not start is found before the
@@ -91,9 +122,9 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Failure::Overloaded`] if too many wait already or the wait is too
-    /// long, [`Failure::MemoryExhausted`] or [`Failure::CannotStart`] if there
-    /// is no instance to be had.
+    /// [`Failure::Overloaded`] if too many wait already, the wait is too long
+    /// or the server is full, [`Failure::MemoryExhausted`] if the tenant holds
+    /// as much as it may, [`Failure::CannotStart`] if the app does not start.
     pub async fn lease(self: &Arc<Self>) -> Result<Lease, Failure> {
         let permit = match Arc::clone(&self.permits).try_acquire_owned() {
             Ok(permit) => permit,
@@ -106,7 +137,12 @@ impl Pool {
                 if error.is::<TenantFull>() {
                     return Failure::MemoryExhausted;
                 }
-                tracing::error!(app = %self.grants.name, "failed to start an instance: {error:#}");
+                if error.is::<PoolConcurrencyLimitError>() {
+                    tracing::warn!(app = %self.grants.name, "there is no room for an instance: all are at work");
+                    return Failure::Overloaded;
+                }
+                let (reason, _) = instance::explain(&error);
+                tracing::error!(app = %self.grants.name, "failed to start an instance: {reason}");
                 Failure::CannotStart
             })?,
         };
@@ -165,14 +201,44 @@ impl Pool {
     }
 
     async fn start(&self) -> wasmtime::Result<Instance> {
-        Instance::new(&self.program, &self.grants, Streams::Log).await
+        loop {
+            let started = Instance::new(&self.program, &self.grants, Streams::Log).await;
+            match started {
+                // Others may be faster and take the room, but only as long as
+                // there is some.
+                Err(error) if error.is::<PoolConcurrencyLimitError>() && self.pools.make_room() => {}
+                started => return started,
+            }
+        }
+    }
+
+    /// Says whether another version has taken this one's place. Then its
+    /// instances go as soon as their requests are done.
+    pub fn retire(&self, is_retired: bool) {
+        self.is_retired.store(is_retired, Ordering::Relaxed);
+        if is_retired {
+            let dropped = std::mem::take(&mut *self.idle());
+            drop(dropped);
+        }
+    }
+
+    fn resting_since(&self) -> Option<Instant> {
+        let idle = self.idle();
+        (idle.len() > self.settings.spare).then(|| idle[0].1)
+    }
+
+    fn drop_oldest(&self) -> bool {
+        let mut idle = self.idle();
+        let oldest = (idle.len() > self.settings.spare).then(|| idle.remove(0));
+        drop(idle);
+        oldest.is_some()
     }
 
     /// With [`Isolation::Request`], makes an instance for a later request in
     /// the background, as long as there are fewer at rest than requests in
     /// work, or none at all.
     fn prepare(self: &Arc<Self>) {
-        if self.settings.isolation != Isolation::Request {
+        if self.settings.isolation != Isolation::Request || self.is_retired.load(Ordering::Relaxed) {
             return;
         }
         let in_work = self.settings.instances - self.permits.available_permits();
@@ -198,9 +264,21 @@ impl Pool {
 
     fn rest(&self, instance: Instance) {
         let mut idle = self.idle();
-        if idle.len() < self.settings.instances {
+        // Looked at under the lock, for `retire` empties the list under it.
+        if idle.len() < self.settings.instances && !self.is_retired.load(Ordering::Relaxed) {
             idle.push((instance, Instant::now()));
+            return;
         }
+        drop(idle);
+        self.discard(instance);
+    }
+
+    /// Drops an instance, at its app's expense: that takes the host as long as
+    /// it has memory to give back.
+    fn discard(&self, instance: Instance) {
+        let start = Instant::now();
+        drop(instance);
+        self.grants.share.charge(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
     }
 
     /// Whether `instance` may serve another request.
@@ -223,8 +301,8 @@ impl Pool {
 
 /// The right to one instance, for one request.
 pub struct Lease {
-    /// Dropped before the permit, so that its slot is free when the next
-    /// request gets the permit.
+    /// Gone before the permit is, so that there is room when the next request
+    /// gets the permit.
     instance: Option<Instance>,
     pool: Arc<Pool>,
     _permit: OwnedSemaphorePermit,
@@ -238,10 +316,16 @@ impl Lease {
 
     /// The request ended cleanly: the instance may serve another one.
     pub fn give_back(mut self) {
-        if let Some(instance) = self.instance.take()
-            && self.pool.may_stay(&instance)
-        {
+        if let Some(instance) = self.instance.take_if(|instance| self.pool.may_stay(instance)) {
             self.pool.rest(instance);
+        }
+    }
+}
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        if let Some(instance) = self.instance.take() {
+            self.pool.discard(instance);
         }
     }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Semaphore, watch};
 
@@ -54,6 +55,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     if addresses.is_empty() && inherited.is_empty() {
         addresses.push(Address::parse(DEFAULT_ADDRESS)?);
     }
+    let connections = connections_that_fit(http.max_connections);
     let engine = engine::runner(plan.instances)
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
@@ -74,7 +76,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
             limits: connection_limits(http),
             tls,
             proxy_protocol: http.proxy_protocol,
-            connections: Arc::new(Semaphore::new(http.max_connections as usize)),
+            connections: Arc::new(Semaphore::new(connections)),
             peers: Peers::new(http.max_connections_per_client, {
                 let proxies = proxies.clone();
                 move |peer| proxies.trusts(Some(peer))
@@ -87,6 +89,24 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     // Whatever is left had its grace.
     runtime.shutdown_timeout(Duration::from_millis(100));
     served
+}
+
+/// Takes as many descriptors as the process may have. Returns how many
+/// connections may be open: so many as `wanted`, but some descriptors stay for
+/// the apps' files and connections, and for ourselves, whoever holds the rest.
+fn connections_that_fit(wanted: u32) -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    // Where it is refused, what there was stays.
+    let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum });
+    let Some(descriptors) = getrlimit(Resource::Nofile).current else { return wanted as usize };
+    let fit = usize::try_from(descriptors - descriptors / 4).unwrap_or(usize::MAX);
+    if fit < wanted as usize {
+        tracing::warn!(
+            "the process may have {descriptors} descriptors, so it takes {fit} connections at a time \
+             and not {wanted}; raise the limit with `ulimit -n` or `LimitNOFILE`"
+        );
+    }
+    fit.min(wanted as usize)
 }
 
 /// The certificates that the options name, loaded.
@@ -194,6 +214,8 @@ impl Plan {
                 timeout: args.timeout.0,
                 cpu: args.cpu.map(|time| time.0),
                 body: args.max_body.0,
+                response_time: args.response_time.0,
+                log_lines: args.log_lines,
                 queue: args.queue as usize,
                 queue_wait: args.queue_wait.0,
                 ..tenant.limits

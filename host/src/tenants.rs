@@ -25,13 +25,16 @@ use crate::config::{HostPattern, TenantConfig};
 use crate::environ::path_info;
 use crate::failure::Failure;
 use crate::footprint::Footprint;
+use crate::guest_log::LineBudget;
 use crate::handler::{self, App, RequestLimits};
-use crate::pool::{Pool, PoolSettings};
+use crate::pool::{Pool, PoolSettings, Pools};
 use crate::request_id::RequestId;
 use crate::scheduler::{Scheduler, Share, processors};
 
 /// Failures that are kept for `ctl errors`.
 const KEPT_ERRORS: usize = 50;
+/// Failures of a tenant that are logged in a second.
+const LOGGED_FAILURES: u32 = 50;
 /// Traps in a row after which a tenant has to wait.
 const CRASHES_ALLOWED: u32 = 5;
 /// The longest that it has to wait.
@@ -51,6 +54,8 @@ pub struct Shared {
     pub sharing: Option<Sharing>,
     /// Divides the processors among them.
     pub scheduler: Arc<Scheduler>,
+    /// Divides the room for instances among them.
+    pub pools: Arc<Pools>,
     /// Time that a client may send or take no byte of a body.
     pub client_idle: Duration,
     /// Bytes of a body that a client must send in a second, on average.
@@ -67,7 +72,8 @@ impl Shared {
         min_rate: u64,
     ) -> Shared {
         let loader = Loader::new(&engine, &cache);
-        Shared { engine, cache, loader, sharing, scheduler: Scheduler::new(), client_idle, min_rate }
+        let (scheduler, pools) = (Scheduler::new(), Arc::default());
+        Shared { engine, cache, loader, sharing, scheduler, pools, client_idle, min_rate }
     }
 }
 
@@ -88,14 +94,28 @@ pub struct Tenant {
 }
 
 /// What is known of a tenant over all its versions.
-#[derive(Default)]
 pub struct Record {
     suspended: AtomicBool,
     requests: AtomicU64,
     failures: AtomicU64,
     errors: Mutex<VecDeque<ErrorRecord>>,
+    /// How many failures are logged.
+    log: LineBudget,
     /// The version before, for a rollback.
     previous: Mutex<Option<Arc<Tenant>>>,
+}
+
+impl Default for Record {
+    fn default() -> Record {
+        Record {
+            suspended: AtomicBool::default(),
+            requests: AtomicU64::default(),
+            failures: AtomicU64::default(),
+            errors: Mutex::default(),
+            log: LineBudget::new(LOGGED_FAILURES),
+            previous: Mutex::default(),
+        }
+    }
 }
 
 /// A failure as `ctl errors` shows it.
@@ -137,12 +157,14 @@ impl Tenant {
         let limits = RequestLimits {
             body: config.limits.body,
             response: config.limits.response,
+            response_time: config.limits.response_time,
             timeout: config.limits.timeout,
             cpu: config.limits.cpu,
             client_idle: shared.client_idle,
             rate: shared.min_rate,
         };
-        let app = Arc::new(App { pool: Pool::new(program, grants, settings), limits, footprint });
+        let app =
+            Arc::new(App { pool: Pool::new(&shared.pools, program, grants, settings), limits, footprint });
         Ok(Tenant {
             rate: config.limits.requests_per_second.map(RateLimit::new),
             app,
@@ -162,7 +184,7 @@ impl Tenant {
             .pool
             .warm()
             .await
-            .map_err(|error| app::refuse_start(&self.config.name, self.config.limits.memory, error))?;
+            .map_err(|error| app::refuse_start(&self.config.name, self.config.limits.memory, &error))?;
         if let Some(path) = &self.config.health {
             let status = handler::probe(&self.app, path).await;
             match status {
@@ -209,8 +231,16 @@ impl Tenant {
             Err(failure) if failure.is_servers_fault() => {
                 self.record.fail(Some(request), failure.to_string());
             }
-            _ => self.crashes.succeeded(),
+            // Says nothing of the app: it may not even have been asked.
+            Err(_) => {}
+            Ok(()) => self.crashes.succeeded(),
         }
+    }
+
+    /// Whether a failure may be logged, and how many before it were not. A
+    /// client can provoke them as fast as it can ask.
+    pub fn may_log(&self) -> Option<u64> {
+        self.record.log.take()
     }
 
     fn has_changed(&self) -> bool {
@@ -508,7 +538,11 @@ impl Tenants {
             });
         }
         while loading.join_next().await.is_some() {}
-        lock(&self.all).retain(|name, _| names.contains(name));
+        for (_, removed) in lock(&self.all).extract_if(.., |name, _| !names.contains(name)) {
+            // The two refer to each other: neither would ever go.
+            lock(&removed.record.previous).take();
+            removed.app.pool.retire(true);
+        }
         lock(&self.unloaded).retain(|name, _| names.contains(name));
         self.publish();
         Ok(())
@@ -541,8 +575,11 @@ impl Tenants {
                 let tenant = Arc::new(tenant);
                 let before = lock(&self.all).insert(name.clone(), Arc::clone(&tenant));
                 lock(&self.unloaded).remove(&name);
-                *lock(&tenant.record.previous) = before;
                 self.publish();
+                if let Some(before) = &before {
+                    before.app.pool.retire(true);
+                }
+                *lock(&tenant.record.previous) = before;
                 tracing::info!(tenant = %name, "serving {}", tenant.config.app.display());
                 Ok(())
             }
@@ -667,13 +704,16 @@ impl Tenants {
     pub async fn roll_back(self: &Arc<Self>, name: &str) -> Result<()> {
         let _one = self.changing.lock().await;
         let tenant = self.get(name)?;
-        let Some(previous) = lock(&tenant.record.previous).take() else {
+        let Some(previous) = lock(&tenant.record.previous).clone() else {
             bail!("there is no version of `{name}` before this one");
         };
         self.save_state(|state| drop(state.apps.insert(name.to_owned(), previous.config.app.clone())))?;
+        previous.app.pool.retire(false);
         lock(&self.all).insert(name.to_owned(), previous);
-        *lock(&tenant.record.previous) = Some(Arc::clone(&tenant));
         self.publish();
+        tenant.app.pool.retire(true);
+        let record = Arc::clone(&tenant.record);
+        *lock(&record.previous) = Some(tenant);
         Ok(())
     }
 
