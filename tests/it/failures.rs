@@ -1,6 +1,6 @@
 use std::time::{Duration, Instant};
 
-use crate::harness::{Response, Server};
+use crate::harness::{Response, Server, guest, wsgi_wasm};
 
 /// A failure's response tells the client nothing but the status and the id.
 #[track_caller]
@@ -59,6 +59,36 @@ fn a_trap_costs_one_request_and_one_instance() {
     let id = assert_refusal(&server, &server.get("/abort"), 500);
     server.wait_for_log(&[&id, "trapped"]);
     assert_eq!(server.get("/served").ok(), "1", "the next request has a fresh instance");
+    server.finish();
+}
+
+#[test]
+fn starting_instances_leaves_the_processor_free() {
+    // On one processor, where a place that is not given back is missed.
+    let mut command = std::process::Command::new("taskset");
+    let plain = wsgi_wasm();
+    command.args(["--cpu-list", "0"]).arg(plain.get_program());
+    for (name, value) in plain.get_envs() {
+        match value {
+            Some(value) => command.env(name, value),
+            None => command.env_remove(name),
+        };
+    }
+    command.arg("serve").arg(guest("behaviours")).args(["--bind", "127.0.0.1:0", "--isolation", "request"]);
+    let server = Server::spawn(command.args(["--instances", "4", "--timeout", "10s"]));
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                let mut connection = server.connect();
+                // Some of these starts and requests are interrupted by a tick.
+                for _ in 0..200 {
+                    connection.send_request("GET", "/hello", &[], b"");
+                    assert_eq!(connection.read_response("GET").ok(), "Hello, world!\n");
+                }
+            });
+        }
+    });
+    assert_eq!(server.get("/compute?0.1").status, 200);
     server.finish();
 }
 
