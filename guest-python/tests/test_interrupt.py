@@ -56,13 +56,20 @@ class Sleep(unittest.TestCase):
         interrupt.arm(lambda: max(0, int((end - time.monotonic()) * 1_000_000)))
         self.addCleanup(interrupt.disarm)
         interrupt.sleep(0.001)
+        with self.assertRaises(ValueError):
+            interrupt.sleep(-1)
         with self.assertRaises(interrupt.RequestTimeout):
             interrupt.sleep(3600)
         for wrong in ("x", None):
             with self.assertRaises(TypeError):
                 interrupt.sleep(wrong)
-        with self.assertRaises(ValueError):
-            interrupt.sleep(-1)
+
+    def test_it_lasts_though_no_processor_time_passes(self):
+        interrupt.arm(lambda: 5_000)
+        self.addCleanup(interrupt.disarm)
+        start = time.monotonic()
+        interrupt.sleep(0.02)
+        self.assertGreaterEqual(time.monotonic() - start, 0.02)
 
     def test_it_takes_the_place_of_the_usual_one(self):
         original = time.sleep

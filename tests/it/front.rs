@@ -85,7 +85,8 @@ fn sockets_are_taken_over_from_the_service_manager() {
         .stdin(OwnedFd::from(listener));
     let server = Server::spawn(&mut command);
     assert_eq!(server.address(), address);
-    assert_eq!(server.stdout().lines().count(), 1, "{}", server.stdout());
+    let lines = server.announced(1);
+    assert_eq!(lines.len(), 1, "{lines:?}");
     assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
     server.finish();
 }

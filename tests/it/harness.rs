@@ -182,9 +182,13 @@ impl Server {
         self.address.expect("the server listens on no TCP port")
     }
 
-    /// What was written to standard output so far.
-    pub fn stdout(&self) -> String {
-        self.stdout.text.lock().unwrap().clone()
+    /// The first `count` lines on standard output.
+    pub fn announced(&self, count: usize) -> Vec<String> {
+        let lines = self.stdout.wait_for(|text| {
+            let lines: Vec<_> = text.lines().map(str::to_owned).collect();
+            (lines.len() >= count && text.ends_with('\n')).then_some(lines)
+        });
+        lines.expect("the server says less")
     }
 
     /// The log so far.

@@ -315,7 +315,7 @@ fn tls_chooses_certificates_by_name_and_speaks_both_versions() {
     let a = certificate(directory.path(), "a.example");
     let b = certificate(directory.path(), "b.example");
     let server = serve_tls(directory.path(), &["a.example", "b.example"], &["--bind", "http:127.0.0.1:0"]);
-    let lines: Vec<_> = server.stdout().lines().map(str::to_owned).collect();
+    let lines = server.announced(2);
     assert!(lines[0].starts_with("listening on https://") && lines[1].starts_with("listening on http://"));
     client(async {
         let stream = secure(&server, "a.example", &a, "h2", None).await.unwrap();

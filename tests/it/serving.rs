@@ -25,7 +25,7 @@ fn each_address_is_announced_and_answers() {
     assert!(response.starts_with("HTTP/1.1 200"), "{response}");
     assert!(!response.contains("REMOTE_ADDR"), "{response}");
     assert_eq!(server.get("/hello").status, 200);
-    let lines: Vec<_> = server.stdout().lines().map(str::to_owned).collect();
+    let lines = server.announced(3);
     assert_eq!(lines.len(), 3, "{lines:?}");
     assert_eq!(lines[2], format!("listening on unix:{}", socket.display()));
 

@@ -67,13 +67,16 @@ def sleep(seconds: Any, /) -> None:
     if _time_left is None or not isinstance(seconds, int | float):
         _sleep(seconds)
         return
-    if seconds * 1_000_000 <= _time_left():
-        _sleep(seconds)
-        return
-    # The time may stand still meanwhile, or the clock wake us early.
-    while left := _time_left():
-        _sleep(left / 1_000_000)
-    raise RequestTimeout(_MESSAGE)
+    left = _time_left() / 1_000_000
+    end = time.monotonic() + seconds
+    # What is left may be processor time, of which sleep takes none.
+    while seconds > left > 0:
+        _sleep(left)
+        seconds = max(0.0, end - time.monotonic())
+        left = _time_left() / 1_000_000
+    if left == 0:
+        raise RequestTimeout(_MESSAGE)
+    _sleep(seconds)
 
 
 def _collected(phase: str, _info: dict[str, int]) -> None:
