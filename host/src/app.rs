@@ -152,7 +152,5 @@ pub fn refuse_start(name: &str, memory: u64, error: &wasmtime::Error) -> anyhow:
             .remedy("raise the limit with `--memory`, for example `--memory 256MiB`")
             .into();
     }
-    UserError::new(format!("failed to start the app `{name}`: {text}"))
-        .remedy("its log may say more; build it again if it was changed by other tools")
-        .into()
+    UserError::new(format!("failed to start the app `{name}`: {text}")).into()
 }

@@ -466,7 +466,10 @@ impl Exchange {
     }
 
     fn refuse(&mut self, rule: &'static str) -> SendError {
-        self.phase = Phase::Broken(rule);
+        // What a guest does after its first mistake is no news.
+        if !matches!(self.phase, Phase::Broken(_)) {
+            self.phase = Phase::Broken(rule);
+        }
         SendError::Refused(rule)
     }
 }

@@ -27,10 +27,14 @@ mod frameworks;
 mod front;
 /// Starts the binary, speaks HTTP with it, shows its log on failure.
 mod harness;
+/// Tenants that attack: the host stands, and their neighbours notice nothing.
+mod hostile;
 /// HTTP/2 and TLS, by clients of their own.
 mod http2_tls;
 /// What a guest can reach on the network.
 mod network;
+/// Components that break the contract, assembled from text.
+mod raw;
 /// Environ, bodies and headers as an app sees them.
 mod requests;
 /// The wall around the server's own process.

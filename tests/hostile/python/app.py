@@ -187,11 +187,13 @@ def churn_data(number, start_response):
 
 
 def hoard_handles(directory, start_response):
+    """Opens files until that fails, and keeps them open for a while."""
     held = []
     try:
         while True:
             held.append(open(f"{directory}/{len(held)}", "wb"))
     except OSError as error:
+        time.sleep(0.5)
         return reply(start_response, f"{len(held)} {error.errno}")
 
 
@@ -224,13 +226,14 @@ def look_up(number, start_response):
 
 
 def connect(number, start_response):
-    """Connects so often to the port that it may reach, and keeps what it gets."""
+    """Connects so often to the port that it may reach, and keeps what it gets for a while."""
     held, failed = [], 0
     for _ in range(number):
         try:
             held.append(socket.create_connection(("127.0.0.1", int(os.environ["PORT"])), 1))
         except OSError:
             failed += 1
+    time.sleep(0.5)
     return reply(start_response, f"{len(held)} {failed}")
 
 

@@ -1,0 +1,712 @@
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde_json::Value;
+
+use crate::harness::{Connection, Finished, Response, Server, guest, run, wsgi_wasm};
+use crate::raw::{Script, raw_guest, save};
+
+const OK: &str = "Status: 200 OK\r\n\r\nfine";
+const HEAD: &str = "Status: 200 OK\r\n\r\n";
+const PAGE: u32 = 1 << 16;
+const MIB: u64 = 1 << 20;
+
+/// A server that several tenants share: a victim, which is the guest
+/// `behaviours`, and attackers.
+struct Arena {
+    directory: tempfile::TempDir,
+    server: Server,
+}
+
+impl Arena {
+    /// `attackers` are raw guests, or `hostile` for the one in Python, each
+    /// with more settings for it.
+    fn start(attackers: &[(&str, &str)]) -> Arena {
+        Arena::start_with("", attackers)
+    }
+
+    fn start_with(server: &str, attackers: &[(&str, &str)]) -> Arena {
+        let directory = tempfile::tempdir().unwrap();
+        write_config(directory.path(), server, attackers);
+        let config = directory.path().join("wsgi-wasm.toml");
+        let server =
+            Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(config));
+        Arena { directory, server }
+    }
+
+    /// Lets `attack` go on while the victim is asked again and again, and
+    /// demands that each answer is right.
+    #[track_caller]
+    fn during<T>(&self, attack: impl FnOnce() -> T) -> T {
+        /// Also when the attack fails.
+        struct Over<'a>(&'a AtomicBool);
+        impl Drop for Over<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::Relaxed);
+            }
+        }
+        let over = AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            let victim = scope.spawn(|| {
+                let mut last = false;
+                while !last {
+                    // No connection is kept open for ever.
+                    let mut connection = self.server.connect();
+                    for _ in 0..100 {
+                        last = over.load(Ordering::Relaxed);
+                        assert_eq!(
+                            ask(&mut connection, "victim", "GET", "/hello", b"").ok(),
+                            "Hello, world!\n"
+                        );
+                    }
+                }
+            });
+            let end = Over(&over);
+            let result = attack();
+            drop(end);
+            victim.join().expect("the victim was hurt");
+            result
+        })
+    }
+
+    /// Sends `body` to an attacker, on a new connection.
+    #[track_caller]
+    fn post(&self, name: &str, body: &[u8]) -> Response {
+        ask(&mut self.server.connect(), name, "POST", "/", body)
+    }
+
+    /// Asks an attacker for `path`, on a new connection.
+    #[track_caller]
+    fn get(&self, name: &str, path: &str) -> Response {
+        ask(&mut self.server.connect(), name, "GET", path, b"")
+    }
+
+    /// Asks an attacker for `path` so often at a time, and reads all answers.
+    #[track_caller]
+    fn storm(&self, name: &str, path: &str, at_a_time: usize) -> Vec<Response> {
+        let mut connections: Vec<_> = (0..at_a_time).map(|_| self.server.connect()).collect();
+        for connection in &mut connections {
+            send(connection, name, "GET", path, b"");
+        }
+        connections.iter_mut().map(|connection| connection.read_response("GET")).collect()
+    }
+
+    /// Demands that the client learns nothing but `status`, and the operator
+    /// the reason, as all of the texts in one line with the request's id.
+    #[track_caller]
+    fn assert_refused(&self, what: &str, response: &Response, status: u16, logged: &str) {
+        let text = response.text();
+        assert_eq!(response.status, status, "{what}: {text}");
+        let id = text.lines().find_map(|line| line.strip_prefix("request ")).unwrap_or_else(|| {
+            panic!("{what}: not a refusal of ours: {text:?}");
+        });
+        assert_eq!(text.lines().count(), 2, "{what}: {text}");
+        assert!(response.headers.iter().all(|(name, _)| !name.starts_with("x-")), "{what}: {response:?}");
+        self.server.wait_for_log(&[id, logged]);
+    }
+
+    fn ctl(&self, arguments: &[&str]) -> Finished {
+        let control = format!("unix:{}", self.directory.path().join("control.sock").display());
+        run(wsgi_wasm().args(["ctl", "--control", &control]).args(arguments))
+    }
+
+    /// What `ctl list` says of the tenant `name`.
+    fn status(&self, name: &str) -> Value {
+        let list: Value = serde_json::from_str(&self.ctl(&["list", "--json"]).success().stdout).unwrap();
+        list.as_array().unwrap().iter().find(|tenant| tenant["name"] == name).unwrap().clone()
+    }
+
+    /// The most memory that the server ever had, in bytes.
+    fn peak(&self) -> u64 {
+        self.memory("VmHWM:")
+    }
+
+    fn memory(&self, field: &str) -> u64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.server.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix(field)).unwrap();
+        line.trim().strip_suffix(" kB").unwrap().parse::<u64>().unwrap() * 1024
+    }
+
+    /// The descriptors that the server has open.
+    fn descriptors(&self) -> usize {
+        std::fs::read_dir(format!("/proc/{}/fd", self.server.id())).unwrap().count()
+    }
+
+    /// Demands that the victim is served, the attackers' instances come to
+    /// rest, and the server stops cleanly. Returns its log.
+    #[track_caller]
+    fn finish(self) -> String {
+        assert_eq!(self.get("victim", "/hello").ok(), "Hello, world!\n");
+        self.server.finish()
+    }
+}
+
+fn write_config(directory: &Path, server: &str, attackers: &[(&str, &str)]) {
+    let mut config = format!(
+        "[server]\ncontrol = \"unix:control.sock\"\n{server}\n\
+         [[tenant]]\nname = \"victim\"\napp = {:?}\nhosts = [\"victim\"]\n",
+        guest("behaviours")
+    );
+    for (name, settings) in attackers {
+        let app: PathBuf = match *name {
+            "hostile" => guest("hostile"),
+            raw => raw_guest(raw, directory),
+        };
+        config += &format!("[[tenant]]\nname = {name:?}\napp = {app:?}\nhosts = [{name:?}]\n{settings}\n");
+    }
+    std::fs::write(directory.join("wsgi-wasm.toml"), config).unwrap();
+}
+
+#[track_caller]
+fn send(connection: &mut Connection, host: &str, method: &str, path: &str, body: &[u8]) {
+    let length = body.len();
+    let mut request =
+        format!("{method} {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: {length}\r\n\r\n").into_bytes();
+    request.extend_from_slice(body);
+    connection.send(request);
+}
+
+/// Sends a request and reads the final response.
+#[track_caller]
+fn ask(connection: &mut Connection, host: &str, method: &str, path: &str, body: &[u8]) -> Response {
+    send(connection, host, method, path, body);
+    loop {
+        let response = connection.read_response(method);
+        if response.status != 103 {
+            return response;
+        }
+    }
+}
+
+const PUPPET: (&str, &str) = (
+    "puppet",
+    "limits = { timeout = \"1s\", memory = \"64MiB\", response = \"1MiB\" }\ninstances = { max = 4 }",
+);
+
+#[test]
+fn a_guest_that_breaks_the_contract_costs_one_request_and_one_instance() {
+    let arena = Arena::start(&[PUPPET]);
+    let new = Script::new;
+    let deep = u64::MAX;
+    let cases: Vec<(&str, Vec<u8>, u16, &str)> = vec![
+        // What it returns.
+        ("no list", new().return_pointer(0xffff_fff0), 500, "trapped"),
+        ("no aligned list", new().return_pointer(9), 500, "trapped"),
+        ("a list out of bounds", new().answer_raw(0xffff_fff0, 100), 500, "out of bounds"),
+        ("a list of 4 GiB", new().answer_raw(8, u32::MAX), 500, "out of bounds"),
+        ("a list that wraps", new().answer_raw(0x8000_0000, 0x8000_0000), 500, "out of bounds"),
+        ("a huge list", new().grow_memory(800).answer_raw(0, 50 << 20), 500, "too much data"),
+        ("an empty list", new().answer(""), 500, "the app failed"),
+        // In which order it calls.
+        ("two heads", new().start(HEAD).times(2).answer(""), 500, "sent twice"),
+        ("no head", new().write("x").answer(""), 500, "without a head"),
+        ("no head, and the end", new().finish().answer(""), 500, "without a head"),
+        ("both ways", new().start(HEAD).answer(OK), 500, "both streamed and returned"),
+        ("hints too late", new().start(HEAD).early_hints("Link: </>\r\n").answer(""), 500, "after the head"),
+        ("bytes behind a head", new().start(OK).answer(""), 500, "bytes follow"),
+        // What it passes.
+        ("a head out of bounds", new().start_raw(u32::MAX, 1).answer(""), 500, "trapped"),
+        (
+            "a huge chunk",
+            new().grow_memory(800).start(HEAD).write_raw(0, 50 << 20).answer(""),
+            500,
+            "trapped",
+        ),
+        ("a path that is no text", new().send_file(HEAD, b"/0/\xff\xfe", 0, 1).answer(OK), 500, "utf-8"),
+        ("random bytes by the gigabyte", new().random(1 << 30).answer(OK), 500, "exceeds limit"),
+        ("random bytes without end", new().random(u64::MAX).answer(OK), 500, "exceeds limit"),
+        ("zeroes for the log", new().log_zeroes(u64::MAX).answer(OK), 500, "trapped"),
+        ("a log line of 50 MB", new().grow_memory(800).log_raw(0, 50 << 20).answer(OK), 500, "too much data"),
+        (
+            "100,000 names of a pollable",
+            new().grow_memory(100).timer(1).poll(PAGE * 2, 100_000).answer(OK),
+            500,
+            "trapped",
+        ),
+        (
+            "a list of 60 MB of pollables",
+            new().grow_memory(900).timer(1).poll(PAGE * 2, 14 << 20).answer(OK),
+            500,
+            "trapped",
+        ),
+        ("2,000 pollables", new().timer(deep).times(2000).answer(OK), 500, "table has no free keys"),
+        // How it ends.
+        ("an exit", new().exit().bytes(), 500, "Exited"),
+        ("a trap", new().trap().bytes(), 500, "unreachable"),
+        ("no end of the stack", new().recurse().bytes(), 500, "call stack exhausted"),
+        ("no end", new().spin().bytes(), 504, "in time"),
+        (
+            "no end, in one instruction",
+            new().grow_memory(900).fill(PAGE, 50 << 20, 1).times(1 << 30).bytes(),
+            504,
+            "in time",
+        ),
+        ("no end, in the host", new().random(1 << 20).times(1 << 30).bytes(), 504, "in time"),
+        ("a timer for ever", new().timer(u64::MAX).wait().answer(OK), 504, "in time"),
+        ("the time it takes to poll", new().timer(u64::MAX).poll(PAGE, 10).answer(OK), 504, "in time"),
+    ];
+    arena.during(|| {
+        for (what, script, status, logged) in &cases {
+            let response = arena.post("puppet", script);
+            arena.assert_refused(what, &response, *status, logged);
+            // It starts again, and is not held back for crashes in a row.
+            assert_eq!(arena.post("puppet", &Script::new().answer(OK)).ok(), "fine", "after {what}");
+        }
+    });
+    assert!(arena.peak() < 400 * MIB, "{} MiB", arena.peak() / MIB);
+    // Four at a time, each with all of its stack in use.
+    let before = arena.memory("VmRSS:");
+    let deep = new().timer(200_000_000).wait().recurse().bytes();
+    let mut connections: Vec<_> = (0..4).map(|_| arena.server.connect()).collect();
+    connections.iter_mut().for_each(|connection| send(connection, "puppet", "POST", "/", &deep));
+    for connection in &mut connections {
+        assert_eq!(connection.read_response("POST").status, 500);
+    }
+    let grown = arena.memory("VmRSS:").saturating_sub(before);
+    assert!(grown < 64 * MIB, "96 MiB of stacks were not given back: {} MiB more", grown / MIB);
+    arena.finish();
+}
+
+#[test]
+fn what_goes_beyond_a_limit_without_harm_is_refused_to_the_guest() {
+    let arena = Arena::start(&[PUPPET]);
+    let new = Script::new;
+    arena.during(|| {
+        for (what, script) in [
+            ("memory, page by page", new().grow_memory(1).times(100_000).answer(OK)),
+            ("memory at once", new().grow_memory(u32::MAX).answer(OK)),
+            ("a table, bit by bit", new().grow_table(1000).times(1000).answer(OK)),
+            ("a table at once", new().grow_table(u32::MAX).answer(OK)),
+            ("a body that is not there", new().read(u32::MAX).times(1000).answer(OK)),
+            ("a path outside", new().send_file(HEAD, "/0/../../etc/passwd", 0, 1).answer(OK)),
+            ("a path of the host", new().send_file(HEAD, "/etc/passwd", 0, 1).answer(OK)),
+            ("a path that is too long", new().send_file(HEAD, "/0/".repeat(20_000), 0, 1).answer(OK)),
+            ("a part before the file", new().send_file(HEAD, "/tmp/x", u64::MAX, u64::MAX).answer(OK)),
+            ("an end after the end", new().start(HEAD).write("fine").finish().times(3).answer("")),
+        ] {
+            assert_eq!(arena.post("puppet", &script).ok(), "fine", "{what}");
+        }
+    });
+    assert!(arena.peak() < 400 * MIB, "{} MiB", arena.peak() / MIB);
+    let log = arena.finish();
+    assert!(!log.contains("trapped"), "{log}");
+}
+
+#[test]
+fn a_head_that_breaks_http_goes_nowhere() {
+    let arena = Arena::start(&[PUPPET]);
+    let many = format!("Status: 200 OK\r\n{}\r\n", "X-Many: y\r\n".repeat(2000));
+    let garbage: Vec<u8> = (0..=255).cycle().take(4000).collect();
+    let heads: Vec<(&[u8], &str)> = vec![
+        (b"Status: 99 No\r\n\r\n", "not three digits"),
+        (b"Status: 1000 No\r\n\r\n", "not three digits"),
+        (b"Status: 100 Continue\r\n\r\n", "between 200 and 599"),
+        (b"Status: 101 Switching Protocols\r\n\r\n", "between 200 and 599"),
+        (b"Status: 600 No\r\n\r\n", "between 200 and 599"),
+        (b"Status: 200 OK\x00\r\n\r\n", "control characters"),
+        (b"HTTP/1.1 200 OK\r\nX-A: b\r\n\r\n", "Status"),
+        (b"X-A: b\r\nStatus: 200 OK\r\n\r\n", "Status"),
+        (b"Status: 200 OK\r\nX-A: b\nX-Evil: 1\r\n\r\n", "control characters"),
+        (b"Status: 200 OK\r\nX-A: b\rX-Evil: 1\r\n\r\n", "control characters"),
+        (b"Status: 200 OK\r\nX-A\x00: b\r\n\r\n", "not a token"),
+        (b"Status: 200 OK\r\nX A: b\r\n\r\n", "not a token"),
+        (b"Status: 200 OK\r\nX-A : b\r\n\r\n", "not a token"),
+        (b"Status: 200 OK\r\n X-A: b\r\n\r\n", "not a token"),
+        (b"Status: 200 OK\r\n: b\r\n\r\n", "not a token"),
+        (b"Status: 200 OK\r\nX-A\r\n\r\n", "no colon"),
+        (b"Status: 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", "hop-by-hop"),
+        (b"Status: 200 OK\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n", "hop-by-hop"),
+        (b"Status: 200 OK\r\nTrailer: X-A\r\n\r\n", "hop-by-hop"),
+        (b"Status: 200 OK\r\nContent-Length: 5\r\nContent-Length: 50\r\n\r\nfine!", "not one number"),
+        (b"Status: 200 OK\r\nContent-Length: -1\r\n\r\n", "not one number"),
+        (b"Status: 200 OK\r\nContent-Length: 99999999999999999999\r\n\r\n", "not one number"),
+        (b"Status: 200 OK\r\nContent-Length: 5\r\n\r\nnot five", "not as long"),
+        (b"Status: 200 OK\r\nX-A: b", "has no end"),
+        (many.as_bytes(), "too many headers"),
+        (&garbage, "has no end"),
+    ];
+    arena.during(|| {
+        for (head, rule) in &heads {
+            let what = String::from_utf8_lossy(&head[..head.len().min(60)]).into_owned();
+            let returned = arena.post("puppet", &Script::new().answer(head));
+            arena.assert_refused(&what, &returned, 500, rule);
+            let streamed = arena.post("puppet", &Script::new().start(head).finish().answer(""));
+            assert_eq!(streamed.status, 500, "{what}");
+        }
+        // Longer than what comes with the call: made by the guest itself.
+        let body = Script::new().grow_memory(10).fill(PAGE * 2, 500_000, b'a').answer_raw(PAGE * 2, 500_000);
+        arena.assert_refused("a long line", &arena.post("puppet", &body), 500, "too long");
+        let hints = Script::new().early_hints("Link: </a>\r\nContent-Length: 5\r\n").answer("");
+        arena.assert_refused("hints", &arena.post("puppet", &hints), 500, "Content-Length");
+        let hints = Script::new().early_hints("Link: </a>\r\n\r\nHTTP/1.1 200 OK\r\n").answer("");
+        arena.assert_refused("split hints", &arena.post("puppet", &hints), 500, "no colon");
+    });
+    // What looks like a second response is the body of the first.
+    let split = b"Status: 200 OK\r\nX-A: b\r\n\r\nHTTP/1.1 200 OK\r\nX-Evil: 1\r\n\r\n";
+    let response = arena.post("puppet", &Script::new().answer(split));
+    assert_eq!((response.header("x-a"), response.header("x-evil")), (Some("b"), None));
+    assert_eq!(response.ok(), "HTTP/1.1 200 OK\r\nX-Evil: 1\r\n\r\n");
+    arena.finish();
+}
+
+#[test]
+fn output_without_end_has_an_end() {
+    let arena = Arena::start(&[PUPPET]);
+    arena.during(|| {
+        let response =
+            arena.post("puppet", &Script::new().start(HEAD).write("x").times(2_000_000).finish().answer(""));
+        assert!(response.cut, "more than the limit");
+        assert_eq!(response.body.len(), 1 << 20);
+        arena.server.wait_for_log(&["puppet", "larger than the limit"]);
+        let hints = Script::new().early_hints("Link: </a>; rel=preload\r\n").times(100_000).answer(OK);
+        arena.assert_refused("hints", &arena.post("puppet", &hints), 500, "early hints are larger");
+        assert_eq!(
+            arena
+                .post("puppet", &Script::new().log("evil\r\nline \x1b[31m\n").times(100_000).answer(OK))
+                .ok(),
+            "fine"
+        );
+        arena.server.wait_for_log(&["puppet", "dropped"]);
+        let no_end = Script::new().log("x".repeat(60_000)).times(1000).answer(OK);
+        assert_eq!(arena.post("puppet", &no_end).ok(), "fine");
+        arena.server.wait_for_log(&["puppet", "xxxx", "[cut]"]);
+    });
+    assert!(arena.peak() < 400 * MIB, "{} MiB", arena.peak() / MIB);
+    let log = arena.finish();
+    assert!(log.lines().count() < 20_000, "{} lines", log.lines().count());
+    assert!(!log.contains('\x1b'));
+    assert!(log.lines().all(|line| line.len() < 10_000));
+}
+
+#[test]
+fn a_guest_that_lies_about_its_memory_costs_one_request() {
+    let settings = "limits = { timeout = \"500ms\" }\ninstances = { max = 2 }";
+    let arena =
+        Arena::start(&[("realloc-spin", settings), ("realloc-wild", settings), ("realloc-calls", settings)]);
+    arena.during(|| {
+        for (name, status, logged) in [
+            ("realloc-spin", 504, "in time"),
+            ("realloc-wild", 500, "beyond end of memory"),
+            ("realloc-calls", 500, "cannot leave component instance"),
+        ] {
+            for _ in 0..3 {
+                arena.assert_refused(name, &arena.post(name, b"body"), status, logged);
+            }
+        }
+    });
+    arena.finish();
+}
+
+#[test]
+fn names_in_a_trap_can_not_forge_the_log() {
+    let arena = Arena::start(&[("forged-names", "")]);
+    arena.assert_refused("a trap", &arena.post("forged-names", b""), 500, "unreachable");
+    arena.server.wait_for_log(&["all is lost"]);
+    let log = arena.finish();
+    let forged = log.lines().find(|line| line.contains("all is lost")).unwrap();
+    assert!(forged.contains("app=forged-names") && !forged.starts_with("2026-01-01"), "{forged}");
+    assert!(!log.contains('\x1b'));
+}
+
+#[test]
+fn an_app_that_never_starts_takes_no_place() {
+    let settings = "env = { CALM = \"1\" }";
+    let arena = Arena::start(&[("start-spin", settings)]);
+    assert_eq!(arena.get("start-spin", "/").ok(), "fine");
+    arena.during(|| {
+        // The next version of the tenant spins.
+        write_config(arena.directory.path(), "", &[("start-spin", "")]);
+        arena.ctl(&["reload"]).success();
+        arena.server.wait_for_log(&["start-spin", "not used", "time limit"]);
+        assert_eq!(arena.get("start-spin", "/").ok(), "fine", "the version before goes on");
+        // Others are changed as ever.
+        arena.ctl(&["deploy", "victim", guest("behaviours").to_str().unwrap()]).success();
+        let trap = raw_guest("start-trap", arena.directory.path());
+        arena.ctl(&["deploy", "victim", trap.to_str().unwrap()]).refused(&["failed to start", "unreachable"]);
+        let large = raw_guest("large-memory", arena.directory.path());
+        arena.ctl(&["deploy", "victim", large.to_str().unwrap()]).refused(&["does not fit", "--memory"]);
+    });
+    arena.finish();
+}
+
+#[test]
+fn what_is_no_app_is_refused_in_time_and_memory() {
+    let arena = Arena::start(&[]);
+    let directory = arena.directory.path();
+    // A loop in a loop in a loop, and in each of them every variable changes:
+    // a compiler has to keep track of all of them at all places.
+    let (variables, loops) = (4000, 4000);
+    let changes: String = (1..variables)
+        .map(|local| {
+            let other = local * 7 % variables;
+            format!("(local.set {local} (i64.add (local.get {local}) (local.get {other})))")
+        })
+        .collect();
+    let bomb = format!(
+        "(component (core module (func (param i64) (local{}) {}{changes}{})))",
+        " i64".repeat(variables),
+        "(loop ".repeat(loops),
+        "(br_if 0 (i64.eqz (local.get 1))))".repeat(loops)
+    );
+    let nested: String =
+        (1..100).map(|at| format!("(type $t{at} (tuple {}))", format!("$t{} ", at - 1).repeat(10))).collect();
+    let cases = [
+        ("bomb", bomb, "compiling"),
+        ("types", format!("(component (type $t0 (tuple u8 u8)){nested})"), "type size"),
+        ("nothing", "(component)".into(), "not a WSGI app"),
+        ("other", "(component (import \"wasi:http/types@0.2.0\" (instance)))".into(), "not a WSGI app"),
+        ("module", "(module)".into(), "core WebAssembly module"),
+    ];
+    arena.during(|| {
+        for (name, text, reason) in &cases {
+            let app = save(directory, name, text);
+            arena.ctl(&["deploy", "victim", app.to_str().unwrap()]).refused(&[reason]);
+        }
+    });
+    arena.finish();
+}
+
+#[test]
+fn python_that_attacks_is_stopped() {
+    let settings = "limits = { timeout = \"1s\", memory = \"96MiB\", tmp = \"8MiB\", response = \"4MiB\" }\n\
+                    instances = { max = 4 }";
+    let arena = Arena::start(&[("hostile", settings)]);
+    let before = arena.descriptors();
+    arena.during(|| {
+        for (path, status, logged) in [
+            ("/spin", 504, "in time"),
+            ("/stubborn", 504, "in time"),
+            ("/regular-expression", 504, "in time"),
+            ("/large-number", 504, "in time"),
+            ("/derive-keys", 504, "in time"),
+            ("/sleep", 504, "in time"),
+            ("/hoard-random?100000", 504, "in time"),
+            ("/allocate", 500, "MemoryError"),
+            ("/recurse", 500, "RecursionError"),
+            ("/recurse-in-c", 500, "call stack exhausted"),
+            ("/trap", 500, "trapped"),
+            ("/many-headers?100000", 500, "too many headers"),
+            ("/long-header?1000000", 500, "too long"),
+        ] {
+            // In all its instances at a time.
+            for response in arena.storm("hostile", path, 4) {
+                arena.assert_refused(path, &response, status, logged);
+            }
+            assert_eq!(arena.get("hostile", "/hello").ok(), "hello", "after {path}");
+        }
+        for (path, answer) in [
+            // 28 is ENOSPC, 29 EIO, and 51 what WASI makes of too many files.
+            ("/fill-tmp?100000", " 29"),
+            ("/fill-tmp?0", " 51"),
+            ("/hoard-tmp", " 51"),
+            ("/short-spin?100", "spun"),
+            ("/churn?40", "40"),
+            ("/chatter?10000", "said"),
+            ("/long-line?100000", "said"),
+            ("/look-up?20", "20"),
+        ] {
+            for response in arena.storm("hostile", path, 4) {
+                let text = response.ok();
+                assert!(text.ends_with(answer), "{path}: {text}");
+            }
+        }
+        let tiny = arena.get("hostile", "/tiny-writes?100000");
+        assert_eq!(tiny.ok().len(), 100_000);
+        assert!(arena.get("hostile", "/endless?10000").cut);
+    });
+    assert!(arena.peak() < 800 * MIB, "{} MiB", arena.peak() / MIB);
+    arena.ctl(&["drain", "hostile"]).success();
+    assert_eq!(arena.status("hostile")["in_work"], 0);
+    assert!(arena.descriptors() <= before + 2, "{} descriptors, {before} before", arena.descriptors());
+    arena.finish();
+}
+
+#[test]
+fn crashes_in_a_row_are_held_back_whatever_comes_between() {
+    let arena = Arena::start(&[("hostile", "limits = { body = \"1KiB\" }")]);
+    arena.during(|| {
+        let mut trapped = 0;
+        for _ in 0..20 {
+            trapped += usize::from(arena.get("hostile", "/trap").status == 500);
+            // Answered without the app: it says nothing about it.
+            let refused = ask(&mut arena.server.connect(), "hostile", "POST", "/read-slowly", &[b'x'; 2000]);
+            assert!([413, 503].contains(&refused.status), "{}", refused.status);
+        }
+        assert!(trapped <= 7, "{trapped} traps");
+    });
+    assert_eq!(arena.status("hostile")["state"], "crashing");
+    arena.finish();
+}
+
+#[test]
+fn a_flood_of_failures_does_not_flood_the_log() {
+    let arena =
+        Arena::start(&[("hostile", "instances = { max = 1 }\nlimits = { queue = 0, timeout = \"3s\" }")]);
+    let mut busy = arena.server.connect();
+    send(&mut busy, "hostile", "GET", "/spin", b"");
+    arena.during(|| {
+        let refused = std::thread::scope(|scope| {
+            let flood = || {
+                let mut connection = arena.server.connect();
+                let ask = |_| ask(&mut connection, "hostile", "GET", "/hello", b"").status;
+                (0..2000).map(ask).filter(|status| *status == 503).count()
+            };
+            let clients: Vec<_> = (0..4).map(|_| scope.spawn(flood)).collect();
+            clients.into_iter().map(|client| client.join().unwrap()).sum::<usize>()
+        });
+        assert!(refused > 4000, "{refused}");
+        assert_eq!(busy.read_response("GET").status, 504);
+    });
+    let log = arena.finish();
+    let said = log.matches("all instances are busy").count();
+    assert!((100..2000).contains(&said), "{said}");
+    assert!(log.contains("failures were not logged"), "{log}");
+}
+
+#[test]
+fn a_flood_of_lines_does_not_drown_the_neighbours() {
+    let arena = Arena::start(&[("hostile", "limits = { log_lines = 100 }\ninstances = { max = 4 }")]);
+    arena.during(|| {
+        for _ in 0..10 {
+            for response in arena.storm("hostile", "/chatter?1000", 4) {
+                response.ok();
+            }
+        }
+    });
+    arena.get("victim", "/log-lines").ok();
+    arena.server.wait_for_log(&["app=victim", "to stderr"]);
+    let log = arena.finish();
+    let said = log.matches("chatter chatter").count();
+    assert!((500..20_000).contains(&said), "{said} lines");
+    assert!(log.contains("lines were dropped"), "{log}");
+}
+
+#[test]
+fn clients_that_take_nothing_hold_only_their_own_tenant() {
+    let arena =
+        Arena::start(&[("hostile", "instances = { max = 4 }\nlimits = { queue = 4, queue_wait = \"1s\" }")]);
+    arena.during(|| {
+        let mut slow: Vec<_> = (0..4).map(|_| arena.server.connect()).collect();
+        for connection in &mut slow {
+            send(connection, "hostile", "GET", "/endless?100000", b"");
+            assert_eq!(connection.read_head().status, 200);
+        }
+        for response in arena.storm("hostile", "/hello", 6) {
+            arena.assert_refused("the queue", &response, 503, "busy");
+        }
+        assert!(arena.peak() < 400 * MIB, "{} MiB", arena.peak() / MIB);
+        drop(slow);
+        // Each notices that its client is gone.
+        arena.ctl(&["drain", "hostile"]).success();
+    });
+    arena.finish();
+}
+
+#[test]
+fn a_body_without_end_is_read_no_further_than_allowed() {
+    let arena = Arena::start(&[("hostile", "limits = { body = \"100KiB\" }")]);
+    arena.during(|| {
+        let mut endless = arena.server.connect();
+        endless.send("POST /read-slowly HTTP/1.1\r\nHost: hostile\r\nTransfer-Encoding: chunked\r\n\r\n");
+        let piece = [b"2710\r\n".to_vec(), vec![b'x'; 10_000], b"\r\n".to_vec()].concat();
+        let sent = (0..10_000).take_while(|_| endless.try_send(&piece).is_ok()).count();
+        assert!(sent < 10_000, "100 MB were taken");
+        let trailers = "X: y\r\n".repeat(100_000);
+        let mut connection = arena.server.connect();
+        connection
+            .send("POST /read-slowly HTTP/1.1\r\nHost: hostile\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n");
+        // Closed before all of it is sent, or answered with an error.
+        let answered =
+            connection.try_send(trailers + "\r\n").ok().and_then(|()| connection.try_read_response("POST"));
+        assert!(answered.is_none_or(|response| response.status >= 400));
+    });
+    arena.finish();
+}
+
+#[test]
+fn the_disk_is_filled_no_further_than_allowed() {
+    let data = tempfile::tempdir().unwrap();
+    let settings = format!(
+        "data = {{ path = {:?}, quota = \"8MiB\", files = 1000 }}\ninstances = {{ max = 12 }}\n\
+         limits = {{ timeout = \"20s\" }}",
+        data.path()
+    );
+    let arena = Arena::start(&[("hostile", &settings)]);
+    let before = arena.descriptors();
+    arena.during(|| {
+        let held: usize = arena
+            .storm("hostile", "/hoard-data", 12)
+            .into_iter()
+            .map(|response| response.ok().split(' ').next().unwrap().parse::<usize>().unwrap())
+            .sum();
+        assert!((64..=512).contains(&held), "{held} open files");
+        for path in ["/fill-data?0", "/fill-data?100000", "/churn-data?20"] {
+            arena.storm("hostile", path, 8);
+        }
+    });
+    let (mut files, mut bytes) = (0, 0);
+    let mut directories = vec![data.path().to_path_buf()];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let entry = entry.unwrap();
+            let metadata = entry.metadata().unwrap();
+            files += 1;
+            if metadata.is_dir() {
+                directories.push(entry.path());
+            } else {
+                bytes += metadata.len();
+            }
+        }
+    }
+    assert!(files <= 1000 && bytes <= 8 << 20, "{files} files with {bytes} bytes");
+    arena.ctl(&["drain", "hostile"]).success();
+    assert!(arena.descriptors() <= before + 2, "{} descriptors, {before} before", arena.descriptors());
+    arena.finish();
+}
+
+#[test]
+fn connections_and_lookups_are_bounded_for_a_whole_tenant() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || listener.incoming().map(Result::unwrap).collect::<Vec<_>>());
+    let settings = format!(
+        "network = [\"127.0.0.1:{port}\", \"*.invalid:80\"]\nenv = {{ PORT = \"{port}\" }}\ninstances = {{ max = 8 }}"
+    );
+    let arena = Arena::start(&[("hostile", &settings)]);
+    let before = arena.descriptors();
+    arena.during(|| {
+        arena.storm("hostile", "/look-up?20", 8);
+        let held: usize = arena
+            .storm("hostile", "/connect?100", 8)
+            .into_iter()
+            .map(|response| response.ok().split(' ').next().unwrap().parse::<usize>().unwrap())
+            .sum();
+        assert!((64..=256).contains(&held), "{held} connections");
+    });
+    arena.ctl(&["drain", "hostile"]).success();
+    assert!(arena.descriptors() <= before + 2, "{} descriptors, {before} before", arena.descriptors());
+    arena.finish();
+}
+
+#[test]
+fn instances_that_rest_make_room_for_others() {
+    let arena = Arena::start_with("instances = 4", &[("hostile", "instances = { max = 4 }")]);
+    for response in arena.storm("hostile", "/short-spin?200", 4) {
+        response.ok();
+    }
+    // Their owner keeps them for a while, unless somebody needs the room.
+    assert_eq!(arena.get("victim", "/hello").ok(), "Hello, world!\n");
+    // All are at work: that is nobody's crash.
+    let mut busy: Vec<_> = (0..4).map(|_| arena.server.connect()).collect();
+    for connection in &mut busy {
+        send(connection, "hostile", "GET", "/endless?1000", b"");
+        assert_eq!(connection.read_head().status, 200);
+    }
+    for _ in 0..10 {
+        arena.assert_refused("full", &arena.get("victim", "/hello"), 503, "busy");
+    }
+    assert_eq!(arena.status("victim")["state"], "serving");
+    drop(busy);
+    arena.ctl(&["drain", "hostile"]).success();
+    arena.finish();
+}
