@@ -27,6 +27,8 @@ mod frameworks;
 mod front;
 /// Starts the binary, speaks HTTP with it, shows its log on failure.
 mod harness;
+/// HTTP/2 frame by frame.
+mod http2_conformance;
 /// HTTP/2 and TLS, by clients of their own.
 mod http2_tls;
 /// What a guest can reach on the network.

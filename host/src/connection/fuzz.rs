@@ -93,7 +93,8 @@ fn read(mut bytes: &[u8]) -> (Vec<Seen>, bool) {
         let head = bytes[..end].iter().map(|byte| char::from(*byte)).collect::<String>();
         bytes = &bytes[end + 4..];
         let mut lines = head.split("\r\n");
-        let mut words = lines.next().unwrap().split(' ');
+        let first = lines.next().unwrap();
+        let mut words = first.split(' ');
         let (method, target) = (words.next().unwrap().to_owned(), words.next().unwrap());
         let fields: Vec<_> = lines
             .map(|line| line.split_once(':').unwrap())
@@ -110,11 +111,13 @@ fn read(mut bytes: &[u8]) -> (Vec<Seen>, bool) {
             })
         };
         let is_cut = body.is_none();
-        requests.push((method, path(target).to_owned(), body));
         let options = fields.iter().filter(|(name, _)| name == "connection");
         let options: Vec<_> = options.flat_map(|(_, value)| value.split(',')).map(str::trim).collect();
         let has = |word: &str| options.iter().any(|option| option.eq_ignore_ascii_case(word));
-        let is_last = has("close") || (head.contains(" HTTP/1.0\r\n") && !has("keep-alive"));
+        // Not even hyper reads requests behind a CONNECT that was granted.
+        let is_last = method == "CONNECT"
+            || has("close") || (first.ends_with("HTTP/1.0") && !has("keep-alive"));
+        requests.push((method, path(target).to_owned(), body));
         if is_cut || is_last {
             return (requests, false);
         }
