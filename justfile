@@ -13,6 +13,10 @@ run *args='examples/flask':
 test *args:
     cargo test --release {{args}}
 
+# Random input for what stands between the network and an app; with so many cases of each property.
+fuzz cases='300000':
+    PROPTEST_CASES={{cases}} cargo test --release --bin wsgi-wasm fuzz:: -- --test-threads 1
+
 # The adapter's own tests, on this machine's Python.
 test-python:
     python3 -W error -m unittest discover -s guest-python/tests -t guest-python

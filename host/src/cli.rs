@@ -172,7 +172,7 @@ pub struct HttpArgs {
     #[arg(long, value_name = "SIZE", default_value = "32KiB")]
     pub max_header_size: Size,
     /// Headers that a request can have
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     pub max_headers: u16,
     /// Longest target of a request: path and query
     #[arg(long, value_name = "SIZE", default_value = "8KiB")]

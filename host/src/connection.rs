@@ -5,6 +5,9 @@
 //! HTTP/1.1 by the rules of [`crate::wire`], and holds the time limits that
 //! hyper does not have.
 
+#[cfg(test)]
+mod fuzz;
+
 use std::collections::HashMap;
 use std::future::Future;
 use std::io;
@@ -234,6 +237,20 @@ async fn http1(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Re
         request.extensions_mut().insert(hints.clone());
         front::answer(Arc::clone(server), Arc::clone(&link), request)
     });
+    let mut conversation = std::pin::pin!(http1_builder(limits).serve_connection(TokioIo::new(wire), service));
+    let ended = tokio::select! {
+        ended = conversation.as_mut() => ended,
+        () = stopped(&mut stopping) => {
+            // Ends after the response that is under way, or now if there is none.
+            conversation.as_mut().graceful_shutdown();
+            conversation.await
+        }
+    };
+    ended.map_err(Into::into)
+}
+
+/// How hyper is to speak HTTP/1.
+fn http1_builder(limits: &ConnectionLimits) -> http1::Builder {
     let mut builder = http1::Builder::new();
     builder
         // Only for the `Date` header: the time limits are ours.
@@ -248,16 +265,7 @@ async fn http1(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Re
         // Up to a hundred hyper keeps on the stack.
         builder.max_headers(limits.head.fields);
     }
-    let mut conversation = std::pin::pin!(builder.serve_connection(TokioIo::new(wire), service));
-    let ended = tokio::select! {
-        ended = conversation.as_mut() => ended,
-        () = stopped(&mut stopping) => {
-            // Ends after the response that is under way, or now if there is none.
-            conversation.as_mut().graceful_shutdown();
-            conversation.await
-        }
-    };
-    ended.map_err(Into::into)
+    builder
 }
 
 async fn http2(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Receiver<bool>) -> Ended {

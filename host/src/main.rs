@@ -30,6 +30,8 @@ mod files;
 mod footprint;
 mod forwarded;
 mod front;
+#[cfg(test)]
+mod fuzz;
 mod guest_log;
 mod handler;
 mod inspect;

@@ -35,6 +35,8 @@ use crate::wire::HeadLimits;
 const DEFAULT_ADDRESS: &str = "127.0.0.1:8000";
 /// No limit for heads goes beyond this: each is held in memory.
 const MAX_HEAD: usize = 1 << 20;
+/// And none for targets goes beyond what a `Uri` can hold.
+const MAX_TARGET: usize = u16::MAX as usize - 1;
 
 /// Runs the server until a signal ends it.
 ///
@@ -134,7 +136,7 @@ fn connection_limits(http: &HttpArgs) -> ConnectionLimits {
         head: HeadLimits {
             bytes: bytes(http.max_header_size),
             fields: http.max_headers.into(),
-            target: bytes(http.max_uri),
+            target: bytes(http.max_uri).min(MAX_TARGET),
         },
         streams: http.http2_streams,
         resets: http.http2_resets.into(),

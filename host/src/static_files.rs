@@ -417,4 +417,36 @@ mod tests {
         assert!(!names("\"x\", W/\"y\"", "\"y\"", true));
         assert!(names("*", "\"y\"", true));
     }
+
+    mod fuzz {
+        use super::super::*;
+        use proptest::prelude::*;
+
+        proptest! {
+            #![proptest_config(crate::fuzz::config())]
+
+            #[test]
+            fn a_part_lies_within_its_file(
+                range in "(bytes=)?[0-9]{0,3}-?[0-9]{0,21}|bytes=[ -~]{0,8}",
+                size in 0u64..50,
+            ) {
+                if let Wanted::Part(first, last) = wanted(&range, size) {
+                    prop_assert!(first <= last && last < size, "{first} to {last} of {size}");
+                }
+            }
+
+            #[test]
+            fn a_path_leads_down(path in "([a.%2eEfF0/\\\\]|%2e|%2f|\\.\\.|\\PC){0,8}") {
+                if let Some(path) = file_path(&path) {
+                    for part in path.components() {
+                        let std::path::Component::Normal(name) = part else {
+                            return Err(TestCaseError::fail(format!("{part:?}")));
+                        };
+                        prop_assert!(!name.as_bytes().starts_with(b".") && !name.as_bytes().contains(&0));
+                    }
+                    prop_assert!(!path.as_os_str().is_empty());
+                }
+            }
+        }
+    }
 }

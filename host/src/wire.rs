@@ -8,7 +8,7 @@
 
 use http::header;
 use http::request::Parts;
-use http::{Method, StatusCode, Version};
+use http::{Method, StatusCode, Uri, Version};
 
 use crate::failure::Failure;
 
@@ -16,6 +16,10 @@ use crate::failure::Failure;
 const MAX_CHUNK_DIGITS: u32 = 16;
 /// Bytes of chunk extensions in one body. Nobody uses them.
 const MAX_EXTENSIONS: usize = 4 << 10;
+/// Bytes of a method.
+const MAX_METHOD: usize = 64;
+/// Bytes of a request line besides the target.
+const REST_OF_LINE: usize = MAX_METHOD + "  HTTP/1.1\r".len();
 /// Empty lines before a request (RFC 9112 section 2.2 asks for one).
 const MAX_EMPTY_LINES: u32 = 2;
 
@@ -153,7 +157,7 @@ impl HeadScan {
         if head.len() > limits.bytes {
             return Err(self.too_large());
         }
-        if !self.has_request_line && head.len() - self.line > limits.target + 64 {
+        if !self.has_request_line && head.len() - self.line > limits.target + REST_OF_LINE {
             return Err(Failure::Refused(StatusCode::URI_TOO_LONG, "the target is too long"));
         }
         Ok(None)
@@ -176,7 +180,7 @@ impl HeadScan {
         else {
             return Err(bad("the request line is not method, target and version"));
         };
-        if method.is_empty() || method.len() > 64 || !is_token(method) {
+        if method.is_empty() || method.len() > MAX_METHOD || !is_token(method) {
             return Err(bad("the method is not a token"));
         }
         if target.len() > limits.target {
@@ -187,6 +191,12 @@ impl HeadScan {
         // latter, so that a proxy in front would see another path than the app.
         if target.is_empty() || !target.iter().all(|byte| byte.is_ascii_graphic() && *byte != b'#') {
             return Err(bad("the target has a character that must be encoded"));
+        }
+        // What hyper would refuse itself, with a response that is in no log.
+        // Nearly all targets are plain, and not looked at twice.
+        let is_plain = target[0] == b'/' && target.iter().all(|byte| IS_PLAIN[usize::from(*byte)]);
+        if !is_plain && Uri::try_from(target).is_err() {
+            return Err(bad("the target is not well-formed"));
         }
         match version {
             b"HTTP/1.1" => self.is_http_11 = true,
@@ -475,7 +485,8 @@ fn check_host(parts: &Parts) -> Result<(), Failure> {
     }
 }
 
-/// RFC 3986 section 3.2: host and port, without user information.
+/// RFC 3986 section 3.2: host and port, without user information. Nor with
+/// `%`, by which a host could be written in more than one way.
 pub fn is_host(text: &[u8]) -> bool {
     let (host, port) = match text {
         [b'[', rest @ ..] => {
@@ -505,7 +516,7 @@ pub fn is_host(text: &[u8]) -> bool {
         && host.is_none_or(|host| {
             !host.is_empty()
                 && host.len() <= 255
-                && host.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~%!$&'()*+,;=".contains(byte))
+                && host.iter().all(|byte| byte.is_ascii_alphanumeric() || b"-._~!$&'()*+,;=".contains(byte))
         })
 }
 
@@ -513,6 +524,21 @@ pub fn is_host(text: &[u8]) -> bool {
 fn is_token(text: &[u8]) -> bool {
     text.iter().all(|byte| IS_TOKEN[usize::from(*byte)])
 }
+
+/// What RFC 3986 allows in a path and in a query.
+static IS_PLAIN: [bool; 256] = {
+    let mut table = [false; 256];
+    let mut byte = 0;
+    while byte < 128 {
+        table[byte] = matches!(
+            byte as u8,
+            b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' | b'-' | b'.' | b'_' | b'~' | b'!' | b'$' | b'&' | b'\''
+                | b'(' | b')' | b'*' | b'+' | b',' | b';' | b'=' | b':' | b'@' | b'/' | b'?' | b'%'
+        );
+        byte += 1;
+    }
+    table
+};
 
 static IS_TOKEN: [bool; 256] = {
     let mut table = [false; 256];
