@@ -17,7 +17,7 @@ from pathlib import Path
 
 import contestants
 from contestants import (
-    FLASK, GRANIAN, GUNICORN, INTERPRETER, PEERS, WASMTIME, WORK, WORKLOADS, WSGI_WASM, Tools,
+    FLASK, GRANIAN, GUNICORN, INTERPRETER, PEERS, WASMTIME, WORK, WORKLOADS, WSGI_WASM, Tools, Unavailable,
 )  # fmt: skip
 from measure import Failure, Server, free_port, load, require_wrk
 
@@ -62,11 +62,11 @@ class Run:
         """The peers that can be measured, made ready, and why the others can not."""
         failures = {}
         for peer in peers:
-            reason = self.tools.missing(peer)
-            if reason is None:
+            try:
                 self.tools.prepare(peer, app)
-            else:
-                failures[peer.name] = reason
+            except Unavailable as error:
+                failures[peer.name] = str(error)
+                say(f"  {peer.name} is left out: {error}")
         return [peer for peer in peers if peer.name not in failures], failures
 
     def each_round(self, peers, failures, measure):
@@ -265,6 +265,7 @@ def main():
     parser.add_argument("--load-cores", default="1", help="processors for wrk [default: 1]")
     parser.add_argument("--python", default=contestants.system_python(), help="for the native servers")
     parser.add_argument("--install-wasmtime", action="store_true", help="compile `wasmtime serve` if it is missing")
+    parser.add_argument("--prepare", action="store_true", help="build all that is needed, and measure nothing")
     args = parser.parse_args()
     atexit.register(end_all)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
@@ -276,6 +277,10 @@ def main():
     tools = Tools(args.python, say)
     if args.install_wasmtime:
         tools.install_wasmtime()
+    if args.prepare:
+        for app in contestants.APPS:
+            Run(args, tools).able(PEERS, app)
+        return
     path = RESULTS / f"{args.name or ('quick' if args.quick else 'full')}.json"
     results = {}
     # A run of all begins anew; one of some adds to what is there.

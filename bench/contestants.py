@@ -49,6 +49,7 @@ PLAIN = App("plain", ("/hello", "/json", "/page"))
 FLASK = App("flask", ("/", "/books/3"))
 DJANGO = App("django", ("/warm",), data=True)
 INTERPRETER = App("interpreter", ("/calls",))
+APPS = (PLAIN, FLASK, DJANGO, INTERPRETER)
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,18 @@ WASMTIME_FRESH = Peer(
 PEERS = [WSGI_WASM, WSGI_WASM_FRESH, GRANIAN, WAITRESS, GTHREAD, GUNICORN, WASMTIME, WASMTIME_FRESH]
 
 
+class Unavailable(Exception):
+    """A tool that is needed for a figure does not do its work."""
+
+
 def run(command, **options):
-    """Runs a command that has to succeed."""
+    """Runs a command that has to succeed, and returns what it prints."""
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, **options
     )
     if done.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))} failed:\n{done.stdout}{done.stderr}")
+        lines = (done.stdout + done.stderr).strip().splitlines()[-20:]
+        raise Unavailable("\n".join([f"{Path(command[0]).name} failed", *lines]))
     return done.stdout
 
 
@@ -146,7 +152,7 @@ def system_python():
         version = run([path, "-c", "import sys, venv; print(sys.version_info >= (3, 11))"])
         if version.strip() == "True":
             return path
-    except (OSError, SystemExit):
+    except (OSError, Unavailable):
         pass
     return sys.executable
 
@@ -189,12 +195,6 @@ class Tools:
                  "--root", self.wasmtime_root, "--no-default-features", "--features", WASMTIME_FEATURES],
                 check=True,
             )  # fmt: skip
-
-    def missing(self, peer):
-        """Why a peer can not be measured, if so."""
-        if peer.family == "wasmtime" and not self.wasmtime.exists():
-            return f"wasmtime {self.wasmtime_version} is not installed; run `bench.py --install-wasmtime`"
-        return None
 
     def versions(self):
         """What is measured, by name."""
@@ -245,7 +245,7 @@ class Tools:
         home = Path(os.environ.get("CARGO_HOME", Path.home() / ".cargo"))
         wit = next(home.glob(f"registry/src/*/wasmtime-wasi-http-{self.wasmtime_version}/wit"), None)
         if wit is None:
-            raise SystemExit(f"the sources of wasmtime-wasi-http {self.wasmtime_version} are not in {home}")
+            raise Unavailable(f"the sources of wasmtime-wasi-http {self.wasmtime_version} are not in {home}")
         paths = [option for path in (directory, HERE, app.directory, packages) for option in ("-p", path)]
         component = directory / "app.wasm"
         run([self.venv / "bin/componentize-py", "-d", wit, "-w", "wasi:http/proxy",
@@ -273,10 +273,16 @@ class Tools:
         return directory
 
     def prepare(self, peer, app):
-        """Makes what `command` needs, so that it does not count as the server's start."""
+        """Makes what `command` needs, so that it does not count as the server's start.
+
+        Raises `Unavailable`.
+        """
         if peer.family == "wsgi-wasm":
             self.artifact(app)
         elif peer.family == "wasmtime":
+            if not self.wasmtime.exists():
+                version = self.wasmtime_version
+                raise Unavailable(f"wasmtime {version} is not installed; run `bench.py --install-wasmtime`")
             self.component(app)
 
     def command(self, peer, app, port, workers):
