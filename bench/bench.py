@@ -289,8 +289,9 @@ def main():
     if not args.report:
         run = Run(args, tools)
         results |= {"machine": machine(), "versions": tools.versions()}
+        begin = time.monotonic()
         for name in wanted:
-            say(name)
+            say(f"{name}, after {time.monotonic() - begin:.0f} s")
             if name == "interpreter":
                 measured = run.interpreter()
             elif name == "tenants":

@@ -172,7 +172,7 @@ class Tools:
         self.wasmtime = self.wasmtime_root / "bin/wasmtime"
         # The server's own cache of built apps and compiled code.
         self.cache = WORK / "cache"
-        self._components = {}
+        self._built = set()
         self.venv = self._make_venv()
 
     def _make_venv(self):
@@ -211,13 +211,14 @@ class Tools:
 
     def artifact(self, app):
         """The app as a file for `wsgi-wasm serve`."""
-        path = WORK / "apps" / f"{app.name}-{digest(app.directory, BINARY.stat().st_mtime_ns)}.wasm"
-        if not path.exists():
-            self.say(f"building {app.name} for wsgi-wasm")
+        path = WORK / "apps" / f"{app.name}.wasm"
+        if app not in self._built:
             path.parent.mkdir(exist_ok=True)
             warmup = [option for warm in app.warmup for option in ("--warmup", warm)]
+            # It knows by itself whether there is anything to do.
             run([BINARY, "build", "app:application", "--dir", app.directory, *warmup, "--output", path],
                 env={**os.environ, "WSGI_WASM_CACHE": str(self.cache)})  # fmt: skip
+            self._built.add(app)
         return path
 
     def component(self, app):
