@@ -237,7 +237,8 @@ async fn http1(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Re
         request.extensions_mut().insert(hints.clone());
         front::answer(Arc::clone(server), Arc::clone(&link), request)
     });
-    let mut conversation = std::pin::pin!(http1_builder(limits).serve_connection(TokioIo::new(wire), service));
+    let mut conversation =
+        std::pin::pin!(http1_builder(limits).serve_connection(TokioIo::new(wire), service));
     let ended = tokio::select! {
         ended = conversation.as_mut() => ended,
         () = stopped(&mut stopping) => {

@@ -139,8 +139,7 @@ fn body() -> impl Strategy<Value = (Vec<u8>, Vec<u8>)> {
 
 /// A request that is all right, mostly.
 fn request() -> impl Strategy<Value = Vec<u8>> {
-    let version =
-        prop_oneof![8 => Just("HTTP/1.1"), 2 => Just("HTTP/1.0"), 1 => Just("HTTP/2.0"), 1 => Just("http/1.1")];
+    let version = prop_oneof![8 => Just("HTTP/1.1"), 2 => Just("HTTP/1.0"), 1 => Just("HTTP/2.0"), 1 => Just("http/1.1")];
     let line_end = prop_oneof![30 => Just(&b"\r\n"[..]), 1 => Just(&b"\n"[..]), 1 => Just(&b"\r\r\n"[..])];
     ("[A-Z!#]{1,6}", target(), version, vec(field(), 0..4), body(), line_end).prop_map(
         |(method, target, version, fields, (length, body), line_end)| {
@@ -214,17 +213,31 @@ fn scan(pieces: &[&[u8]]) -> Verdict {
 /// Whether two failures are one to a client: too large may be found out before
 /// another mistake, or after it.
 fn alike(one: Option<Failure>, other: Option<Failure>) -> bool {
-    let is_size = |failure: Option<Failure>| failure.is_some_and(|failure| {
-        matches!(failure.status().as_u16(), 413 | 414 | 431)
-    });
+    let is_size = |failure: Option<Failure>| {
+        failure.is_some_and(|failure| matches!(failure.status().as_u16(), 413 | 414 | 431))
+    };
     one == other || (one.is_some() && other.is_some() && (is_size(one) || is_size(other)))
 }
 
 /// A header name as an app's neighbour or enemy would send it.
 fn name() -> impl Strategy<Value = HeaderName> {
     let known = proptest::sample::select(vec![
-        "host", "cookie", "proxy", "content-type", "content-length", "x-forwarded-for", "x_forwarded_for",
-        "transfer-encoding", "x-a", "x_a", "x-real-ip", "forwarded", "http-proxy", "_", "-", "content_length",
+        "host",
+        "cookie",
+        "proxy",
+        "content-type",
+        "content-length",
+        "x-forwarded-for",
+        "x_forwarded_for",
+        "transfer-encoding",
+        "x-a",
+        "x_a",
+        "x-real-ip",
+        "forwarded",
+        "http-proxy",
+        "_",
+        "-",
+        "content_length",
     ]);
     prop_oneof![
         known.prop_map(HeaderName::from_static),
@@ -250,12 +263,45 @@ fn headers() -> impl Strategy<Value = HeaderMap> {
 /// What proxies write of a client, and what it makes up.
 fn told() -> impl Strategy<Value = HeaderMap> {
     let name = proptest::sample::select(vec![
-        "forwarded", "x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix",
-        "x-forwarded-port", "x-real-ip", "x-client-ip", "true-client-ip", "x-cluster-client-ip", "host", "x-a",
+        "forwarded",
+        "x-forwarded-for",
+        "x-forwarded-proto",
+        "x-forwarded-host",
+        "x-forwarded-prefix",
+        "x-forwarded-port",
+        "x-real-ip",
+        "x-client-ip",
+        "true-client-ip",
+        "x-cluster-client-ip",
+        "host",
+        "x-a",
     ]);
     let word = proptest::sample::select(vec![
-        "for=", "For=\"", "proto=", "host=", "by=x", "1.2.3.4", "[::1]:80", "2001:db8::1", "unknown", "_x",
-        "https", "http", "a.example", "/a/b", "/", "..", ",", ";", "\"", "\\", "=", " ", "\t", "%2e", "x",
+        "for=",
+        "For=\"",
+        "proto=",
+        "host=",
+        "by=x",
+        "1.2.3.4",
+        "[::1]:80",
+        "2001:db8::1",
+        "unknown",
+        "_x",
+        "https",
+        "http",
+        "a.example",
+        "/a/b",
+        "/",
+        "..",
+        ",",
+        ";",
+        "\"",
+        "\\",
+        "=",
+        " ",
+        "\t",
+        "%2e",
+        "x",
     ]);
     let text = vec(word, 0..10).prop_map(|words| words.concat());
     vec((name, text), 0..8).prop_map(|pairs| {
@@ -268,10 +314,7 @@ fn told() -> impl Strategy<Value = HeaderMap> {
 }
 
 fn address() -> impl Strategy<Value = SocketAddr> {
-    let ip = prop_oneof![
-        any::<[u8; 4]>().prop_map(IpAddr::from),
-        any::<[u8; 16]>().prop_map(IpAddr::from),
-    ];
+    let ip = prop_oneof![any::<[u8; 4]>().prop_map(IpAddr::from), any::<[u8; 16]>().prop_map(IpAddr::from),];
     (ip, 1u16..).prop_map(|(ip, port)| SocketAddr::new(ip, port))
 }
 
@@ -623,7 +666,8 @@ fn decode(text: &str) -> Vec<u8> {
     let mut decoded = Vec::new();
     let mut index = 0;
     while index < bytes.len() {
-        let digits = text.get(index + 1..index + 3).filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()));
+        let digits =
+            text.get(index + 1..index + 3).filter(|digits| digits.bytes().all(|b| b.is_ascii_hexdigit()));
         match (bytes[index], digits) {
             (b'%', Some(digits)) => {
                 decoded.push(u8::from_str_radix(digits, 16).unwrap());

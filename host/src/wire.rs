@@ -340,7 +340,8 @@ enum ChunkPart {
     DataLf,
     /// The first byte of a trailer line.
     Trailer,
-    InTrailer,
+    TrailerName,
+    TrailerValue,
     TrailerLf,
     EndLf,
 }
@@ -399,24 +400,35 @@ impl ChunkScan {
             (ChunkPart::Trailer, b'\r') => ChunkPart::EndLf,
             (ChunkPart::EndLf, b'\n') => return Ok(true),
             (ChunkPart::Trailer, b' ' | b'\t') => return Err(bad("a trailer line is folded")),
-            (ChunkPart::InTrailer, b'\r') => ChunkPart::TrailerLf,
+            (ChunkPart::TrailerValue, b'\r') => ChunkPart::TrailerLf,
             (ChunkPart::TrailerLf, b'\n') => {
                 self.trailer_lines += 1;
                 ChunkPart::Trailer
             }
-            (ChunkPart::Trailer | ChunkPart::InTrailer, b'\t' | b' '..=b'~' | 0x80..) => {
-                self.trailers += 1;
-                if self.trailers > limits.bytes.min(16 << 10) || self.trailer_lines >= limits.fields {
-                    return Err(Failure::Refused(
-                        StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-                        "the trailers are too long",
-                    ));
-                }
-                ChunkPart::InTrailer
+            (ChunkPart::TrailerName, b':') => self.trailer(ChunkPart::TrailerValue, limits)?,
+            (ChunkPart::Trailer | ChunkPart::TrailerName, _) if IS_TOKEN[usize::from(byte)] => {
+                self.trailer(ChunkPart::TrailerName, limits)?
+            }
+            (ChunkPart::Trailer | ChunkPart::TrailerName, _) => {
+                return Err(bad("a trailer line is not a name, a colon and a value"));
+            }
+            (ChunkPart::TrailerValue, b'\t' | b' '..=b'~' | 0x80..) => {
+                self.trailer(ChunkPart::TrailerValue, limits)?
             }
             _ => return Err(bad("the lines of a chunked body are not well-formed")),
         };
         Ok(false)
+    }
+
+    fn trailer(&mut self, next: ChunkPart, limits: &HeadLimits) -> Result<ChunkPart, Failure> {
+        self.trailers += 1;
+        if self.trailers > limits.bytes.min(16 << 10) || self.trailer_lines >= limits.fields {
+            return Err(Failure::Refused(
+                StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+                "the trailers are too long",
+            ));
+        }
+        Ok(next)
     }
 
     fn extension(&mut self, next: ChunkPart) -> Result<ChunkPart, Failure> {

@@ -71,9 +71,9 @@ impl Due {
             (Due::Connection(kinds), Seen::Goaway(kind))
             | (Due::Stream(kinds), Seen::Goaway(kind) | Seen::Reset(kind)) => kinds.contains(&kind),
             (Due::Malformed, Seen::Reset(kind) | Seen::Goaway(kind)) => kind == PROTOCOL_ERROR,
-            (Due::Malformed, Seen::Refused)
-            | (Due::Served, Seen::Served)
-            | (Due::Nothing, Seen::Nothing) => true,
+            (Due::Malformed, Seen::Refused) | (Due::Served, Seen::Served) | (Due::Nothing, Seen::Nothing) => {
+                true
+            }
             _ => false,
         }
     }
@@ -196,7 +196,9 @@ impl Client {
                         return Seen::Goaway(reason);
                     }
                 }
-                (RST_STREAM, _) if stream == wanted => return Seen::Reset(u32::from_be_bytes(payload.try_into().unwrap())),
+                (RST_STREAM, _) if stream == wanted => {
+                    return Seen::Reset(u32::from_be_bytes(payload.try_into().unwrap()));
+                }
                 // `:status: 200` comes first, as an entry of the static table.
                 (HEADERS, _) if stream == wanted => is_served = Some(payload[0] == 0x88),
                 (PING, 0) if flags == ACK && payload == MARK => is_marked = true,
@@ -252,26 +254,37 @@ fn cases() -> Vec<Case> {
     vec![
         case("4.1", "a frame of an unknown kind", Due::Served, &[frame(0x16, 0, 0, b"abc"), get(1)]),
         case("4.1", "flags that are not defined", Due::Served, &[frame(PING, 0x16, 0, b"12345678"), get(1)]),
-        case("4.1", "the reserved bit of a stream's number", Due::Served, &[
-            frame(PING, 0, 1 << 31, b"12345678"),
-            get(1),
-        ]),
+        case(
+            "4.1",
+            "the reserved bit of a stream's number",
+            Due::Served,
+            &[frame(PING, 0, 1 << 31, b"12345678"), get(1)],
+        ),
         case("4.2", "DATA of the largest size", Due::Served, &[post(1), data(&[b'x'; 16384])]),
         case("4.2", "DATA that is too large", stream(&[FRAME_SIZE_ERROR]), &[post(1), data(&[b'x'; 16385])]),
-        case("4.2", "HEADERS that are too large", connection(&[FRAME_SIZE_ERROR]), &[
-            frame(HEADERS, WHOLE, 1, &with(&GET, &[("x", &"y".repeat(16384))])),
-        ]),
-        case("4.3", "a header block that is cut off", connection(&[COMPRESSION_ERROR]), &[
-            frame(HEADERS, WHOLE, 1, &get_block[..get_block.len() - 1]),
-        ]),
+        case(
+            "4.2",
+            "HEADERS that are too large",
+            connection(&[FRAME_SIZE_ERROR]),
+            &[frame(HEADERS, WHOLE, 1, &with(&GET, &[("x", &"y".repeat(16384))]))],
+        ),
+        case(
+            "4.3",
+            "a header block that is cut off",
+            connection(&[COMPRESSION_ERROR]),
+            &[frame(HEADERS, WHOLE, 1, &get_block[..get_block.len() - 1])],
+        ),
         request("4.3", "the index 0", connection(&[COMPRESSION_ERROR]), vec![0x80]),
         request("4.3", "an index that is not there", connection(&[COMPRESSION_ERROR]), vec![0xbf]),
         request("4.3", "a table larger than allowed", connection(&[COMPRESSION_ERROR]), {
             [&[0x3f, 0xff, 0xff, 0xff, 0x07], &get_block[..]].concat()
         }),
-        request("4.3", "a change of the table's size at the end of a block", connection(&[COMPRESSION_ERROR]), {
-            [&get_block[..], &[0x20]].concat()
-        }),
+        request(
+            "4.3",
+            "a change of the table's size at the end of a block",
+            connection(&[COMPRESSION_ERROR]),
+            { [&get_block[..], &[0x20]].concat() },
+        ),
         request("4.3", "an integer without end", connection(&[COMPRESSION_ERROR]), {
             [&get_block[..], &[0xff; 20]].concat()
         }),
@@ -288,219 +301,360 @@ fn cases() -> Vec<Case> {
         request("4.3", "Huffman code that is fine", Due::Served, {
             [&get_block[..], b"\x00\x01x\x81\x1f"].concat()
         }),
-        case("4.3", "another stream's HEADERS within a header block", connection(&[PROTOCOL_ERROR]), &[
-            frame(HEADERS, END_STREAM, 1, first),
-            get(3),
-        ]),
-        case("4.3", "PRIORITY within a header block", connection(&[PROTOCOL_ERROR]), &[
-            frame(HEADERS, END_STREAM, 1, first),
-            frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 1]),
-            frame(CONTINUATION, END_HEADERS, 1, second),
-        ]),
+        case(
+            "4.3",
+            "another stream's HEADERS within a header block",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(HEADERS, END_STREAM, 1, first), get(3)],
+        ),
+        case(
+            "4.3",
+            "PRIORITY within a header block",
+            connection(&[PROTOCOL_ERROR]),
+            &[
+                frame(HEADERS, END_STREAM, 1, first),
+                frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 1]),
+                frame(CONTINUATION, END_HEADERS, 1, second),
+            ],
+        ),
         case("5.1", "idle: DATA", connection(&[PROTOCOL_ERROR]), &[data(b"x")]),
         case("5.1", "idle: RST_STREAM", connection(&[PROTOCOL_ERROR]), &[reset(1)]),
         case("5.1", "idle: WINDOW_UPDATE", connection(&[PROTOCOL_ERROR]), &[window(1, 100)]),
-        case("5.1", "idle: CONTINUATION", connection(&[PROTOCOL_ERROR]), &[
-            frame(CONTINUATION, END_HEADERS, 1, &get_block),
-        ]),
+        case(
+            "5.1",
+            "idle: CONTINUATION",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(CONTINUATION, END_HEADERS, 1, &get_block)],
+        ),
         case("5.1", "idle: PRIORITY", Due::Served, &[frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 1]), get(1)]),
         case("5.1", "half closed: DATA", stream(&[STREAM_CLOSED]), &[get(1), data(b"x")]),
         case("5.1", "half closed: HEADERS", stream(&[STREAM_CLOSED]), &[get(1), get(1)]),
-        case("5.1", "half closed: CONTINUATION", connection(&[PROTOCOL_ERROR]), &[
-            get(1),
-            frame(CONTINUATION, END_HEADERS, 1, &get_block),
-        ]),
-        case("5.1", "half closed: WINDOW_UPDATE and PRIORITY", Due::Served, &[
-            get(1),
-            window(1, 100),
-            frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 1]),
-        ]),
+        case(
+            "5.1",
+            "half closed: CONTINUATION",
+            connection(&[PROTOCOL_ERROR]),
+            &[get(1), frame(CONTINUATION, END_HEADERS, 1, &get_block)],
+        ),
+        case(
+            "5.1",
+            "half closed: WINDOW_UPDATE and PRIORITY",
+            Due::Served,
+            &[get(1), window(1, 100), frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 1])],
+        ),
         case("5.1", "reset: DATA", stream(&[STREAM_CLOSED]), &[post(1), reset(1), data(b"x")]),
         case("5.1", "reset: HEADERS", stream(&[STREAM_CLOSED]), &[post(1), reset(1), get(1)]),
-        case("5.1", "reset: CONTINUATION", connection(&[PROTOCOL_ERROR, STREAM_CLOSED]), &[
-            post(1),
-            reset(1),
-            frame(CONTINUATION, END_HEADERS, 1, &get_block),
-        ]),
-        case("5.1", "reset: RST_STREAM, WINDOW_UPDATE and PRIORITY", Due::Nothing, &[
-            post(1),
-            reset(1),
-            reset(1),
-            window(1, 100),
-            frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 1]),
-        ]),
+        case(
+            "5.1",
+            "reset: CONTINUATION",
+            connection(&[PROTOCOL_ERROR, STREAM_CLOSED]),
+            &[post(1), reset(1), frame(CONTINUATION, END_HEADERS, 1, &get_block)],
+        ),
+        case(
+            "5.1",
+            "reset: RST_STREAM, WINDOW_UPDATE and PRIORITY",
+            Due::Nothing,
+            &[post(1), reset(1), reset(1), window(1, 100), frame(PRIORITY, 0, 1, &[0, 0, 0, 0, 1])],
+        ),
         case("5.1.1", "a stream with an even number", connection(&[PROTOCOL_ERROR]), &[get(2)]),
-        case("5.1.1", "a stream with a lower number", connection(&[PROTOCOL_ERROR, STREAM_CLOSED]), &[
-            get(5),
-            get(3),
-        ]),
-        case("5.1.2", "as many streams as allowed", Due::Served, &[
-            (0..7).flat_map(|index| post(index * 2 + 1)).collect(),
-            get(15),
-        ])
+        case(
+            "5.1.1",
+            "a stream with a lower number",
+            connection(&[PROTOCOL_ERROR, STREAM_CLOSED]),
+            &[get(5), get(3)],
+        ),
+        case(
+            "5.1.2",
+            "as many streams as allowed",
+            Due::Served,
+            &[(0..7).flat_map(|index| post(index * 2 + 1)).collect(), get(15)],
+        )
         .on(15),
-        case("5.1.2", "one stream more than allowed", stream(&[REFUSED_STREAM, PROTOCOL_ERROR]), &[
-            (0..8).flat_map(|index| post(index * 2 + 1)).collect(),
-            get(17),
-        ])
+        case(
+            "5.1.2",
+            "one stream more than allowed",
+            stream(&[REFUSED_STREAM, PROTOCOL_ERROR]),
+            &[(0..8).flat_map(|index| post(index * 2 + 1)).collect(), get(17)],
+        )
         .on(17),
-        case("5.4.1", "a request before a mistake", connection(&[PROTOCOL_ERROR]), &[
-            post(1),
-            frame(DATA, 0, 0, b"x"),
-        ]),
-        case("5.5", "an unknown frame within a header block", connection(&[PROTOCOL_ERROR]), &[
-            frame(HEADERS, END_STREAM, 1, first),
-            frame(0x16, 0, 0, b"abc"),
-            frame(CONTINUATION, END_HEADERS, 1, second),
-        ]),
+        case(
+            "5.4.1",
+            "a request before a mistake",
+            connection(&[PROTOCOL_ERROR]),
+            &[post(1), frame(DATA, 0, 0, b"x")],
+        ),
+        case(
+            "5.5",
+            "an unknown frame within a header block",
+            connection(&[PROTOCOL_ERROR]),
+            &[
+                frame(HEADERS, END_STREAM, 1, first),
+                frame(0x16, 0, 0, b"abc"),
+                frame(CONTINUATION, END_HEADERS, 1, second),
+            ],
+        ),
         case("5.5", "an unknown setting", Due::Served, &[setting(0xff, 1), get(1)]),
         case("6.1", "DATA on stream 0", connection(&[PROTOCOL_ERROR]), &[frame(DATA, END_STREAM, 0, b"x")]),
-        case("6.1", "DATA with padding", Due::Served, &[
-            post(1),
-            frame(DATA, END_STREAM | PADDED, 1, &pad(5, b"hello", 5)),
-        ]),
-        case("6.1", "DATA of nothing but padding", Due::Served, &[
-            post(1),
-            frame(DATA, END_STREAM | PADDED, 1, &pad(5, b"", 5)),
-        ]),
-        case("6.1", "DATA with more padding than there is", connection(&[PROTOCOL_ERROR]), &[
-            post(1),
-            frame(DATA, END_STREAM | PADDED, 1, &pad(6, b"hello", 0)),
-        ]),
-        case("6.1", "DATA without the length of its padding", connection(&[PROTOCOL_ERROR, FRAME_SIZE_ERROR]), &[
-            post(1),
-            frame(DATA, END_STREAM | PADDED, 1, b""),
-        ]),
-        case("6.2", "HEADERS on stream 0", connection(&[PROTOCOL_ERROR]), &[frame(HEADERS, WHOLE, 0, &get_block)]),
-        case("6.2", "HEADERS with padding", Due::Served, &[
-            frame(HEADERS, WHOLE | PADDED, 1, &pad(5, &get_block, 5)),
-        ]),
-        case("6.2", "HEADERS with more padding than there is", connection(&[PROTOCOL_ERROR]), &[
-            frame(HEADERS, WHOLE | PADDED, 1, &pad(200, &get_block, 5)),
-        ]),
-        case("6.2", "HEADERS with a priority", Due::Served, &[
-            frame(HEADERS, WHOLE | PRIORITISED, 1, &[&[0, 0, 0, 0, 15], &get_block[..]].concat()),
-        ]),
-        case("6.2", "HEADERS with a priority that is cut off", connection(&[FRAME_SIZE_ERROR, PROTOCOL_ERROR]), &[
-            frame(HEADERS, WHOLE | PRIORITISED, 1, &[0, 0, 0]),
-        ]),
-        case("6.3", "PRIORITY on stream 0", connection(&[PROTOCOL_ERROR]), &[frame(PRIORITY, 0, 0, &[0, 0, 0, 0, 1])]),
-        case("6.3", "PRIORITY that is too short", stream(&[FRAME_SIZE_ERROR]), &[
-            post(1),
-            frame(PRIORITY, 0, 1, &[0, 0, 0, 0]),
-        ]),
+        case(
+            "6.1",
+            "DATA with padding",
+            Due::Served,
+            &[post(1), frame(DATA, END_STREAM | PADDED, 1, &pad(5, b"hello", 5))],
+        ),
+        case(
+            "6.1",
+            "DATA of nothing but padding",
+            Due::Served,
+            &[post(1), frame(DATA, END_STREAM | PADDED, 1, &pad(5, b"", 5))],
+        ),
+        case(
+            "6.1",
+            "DATA with more padding than there is",
+            connection(&[PROTOCOL_ERROR]),
+            &[post(1), frame(DATA, END_STREAM | PADDED, 1, &pad(6, b"hello", 0))],
+        ),
+        case(
+            "6.1",
+            "DATA without the length of its padding",
+            connection(&[PROTOCOL_ERROR, FRAME_SIZE_ERROR]),
+            &[post(1), frame(DATA, END_STREAM | PADDED, 1, b"")],
+        ),
+        case(
+            "6.2",
+            "HEADERS on stream 0",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(HEADERS, WHOLE, 0, &get_block)],
+        ),
+        case(
+            "6.2",
+            "HEADERS with padding",
+            Due::Served,
+            &[frame(HEADERS, WHOLE | PADDED, 1, &pad(5, &get_block, 5))],
+        ),
+        case(
+            "6.2",
+            "HEADERS with more padding than there is",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(HEADERS, WHOLE | PADDED, 1, &pad(200, &get_block, 5))],
+        ),
+        case(
+            "6.2",
+            "HEADERS with a priority",
+            Due::Served,
+            &[frame(HEADERS, WHOLE | PRIORITISED, 1, &[&[0, 0, 0, 0, 15], &get_block[..]].concat())],
+        ),
+        case(
+            "6.2",
+            "HEADERS with a priority that is cut off",
+            connection(&[FRAME_SIZE_ERROR, PROTOCOL_ERROR]),
+            &[frame(HEADERS, WHOLE | PRIORITISED, 1, &[0, 0, 0])],
+        ),
+        case(
+            "6.3",
+            "PRIORITY on stream 0",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(PRIORITY, 0, 0, &[0, 0, 0, 0, 1])],
+        ),
+        case(
+            "6.3",
+            "PRIORITY that is too short",
+            stream(&[FRAME_SIZE_ERROR]),
+            &[post(1), frame(PRIORITY, 0, 1, &[0, 0, 0, 0])],
+        ),
         case("6.4", "RST_STREAM on stream 0", connection(&[PROTOCOL_ERROR]), &[reset(0)]),
-        case("6.4", "RST_STREAM that is too short", connection(&[FRAME_SIZE_ERROR]), &[
-            post(1),
-            frame(RST_STREAM, 0, 1, &[0, 0, 8]),
-        ]),
+        case(
+            "6.4",
+            "RST_STREAM that is too short",
+            connection(&[FRAME_SIZE_ERROR]),
+            &[post(1), frame(RST_STREAM, 0, 1, &[0, 0, 8])],
+        ),
         case("6.5", "SETTINGS on a stream", connection(&[PROTOCOL_ERROR]), &[frame(SETTINGS, 0, 1, &[])]),
-        case("6.5", "an acknowledgement with settings", connection(&[FRAME_SIZE_ERROR]), &[
-            frame(SETTINGS, ACK, 0, &[0, 3, 0, 0, 0, 1]),
-        ]),
-        case("6.5", "SETTINGS that are cut off", connection(&[FRAME_SIZE_ERROR]), &[frame(SETTINGS, 0, 0, &[0, 3, 0])]),
+        case(
+            "6.5",
+            "an acknowledgement with settings",
+            connection(&[FRAME_SIZE_ERROR]),
+            &[frame(SETTINGS, ACK, 0, &[0, 3, 0, 0, 0, 1])],
+        ),
+        case(
+            "6.5",
+            "SETTINGS that are cut off",
+            connection(&[FRAME_SIZE_ERROR]),
+            &[frame(SETTINGS, 0, 0, &[0, 3, 0])],
+        ),
         case("6.5.2", "ENABLE_PUSH of 2", connection(&[PROTOCOL_ERROR]), &[setting(2, 2)]),
-        case("6.5.2", "a window that is too large", connection(&[FLOW_CONTROL_ERROR]), &[setting(4, 1 << 31)]),
+        case(
+            "6.5.2",
+            "a window that is too large",
+            connection(&[FLOW_CONTROL_ERROR]),
+            &[setting(4, 1 << 31)],
+        ),
         case("6.5.2", "frames below the least size", connection(&[PROTOCOL_ERROR]), &[setting(5, 16383)]),
         case("6.5.2", "frames above the largest size", connection(&[PROTOCOL_ERROR]), &[setting(5, 1 << 24)]),
-        case("6.5.3", "two values, of which the last counts", Due::Served, &[
-            frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0, 0, 4, 0, 0, 255, 255]),
-            get(1),
-        ]),
-        case("6.6", "PUSH_PROMISE", connection(&[PROTOCOL_ERROR]), &[
-            post(1),
-            frame(PUSH_PROMISE, END_HEADERS, 1, &[&[0, 0, 0, 2], &get_block[..]].concat()),
-        ]),
+        case(
+            "6.5.3",
+            "two values, of which the last counts",
+            Due::Served,
+            &[frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0, 0, 4, 0, 0, 255, 255]), get(1)],
+        ),
+        case(
+            "6.6",
+            "PUSH_PROMISE",
+            connection(&[PROTOCOL_ERROR]),
+            &[post(1), frame(PUSH_PROMISE, END_HEADERS, 1, &[&[0, 0, 0, 2], &get_block[..]].concat())],
+        ),
         case("6.7", "PING on a stream", connection(&[PROTOCOL_ERROR]), &[frame(PING, 0, 1, b"12345678")]),
-        case("6.7", "PING that is too short", connection(&[FRAME_SIZE_ERROR]), &[frame(PING, 0, 0, b"1234567")]),
+        case(
+            "6.7",
+            "PING that is too short",
+            connection(&[FRAME_SIZE_ERROR]),
+            &[frame(PING, 0, 0, b"1234567")],
+        ),
         case("6.7", "an answer to no PING", Due::Nothing, &[frame(PING, ACK, 0, b"12345678")]),
         case("6.8", "GOAWAY on a stream", connection(&[PROTOCOL_ERROR]), &[frame(GOAWAY, 0, 1, &[0; 8])]),
-        case("6.8", "GOAWAY that is too short", connection(&[FRAME_SIZE_ERROR]), &[frame(GOAWAY, 0, 0, &[0; 7])]),
-        case("6.9", "a window for the connection, larger by 0", connection(&[PROTOCOL_ERROR]), &[window(0, 0)]),
-        case("6.9", "a window for a stream, larger by 0", stream(&[PROTOCOL_ERROR]), &[post(1), window(1, 0)]),
-        case("6.9", "WINDOW_UPDATE that is too short", connection(&[FRAME_SIZE_ERROR]), &[
-            frame(WINDOW_UPDATE, 0, 0, &[0, 0, 1]),
-        ]),
-        case("6.9.1", "a window for the connection beyond its bounds", connection(&[FLOW_CONTROL_ERROR]), &[
-            window(0, (1 << 31) - 1),
-        ]),
-        case("6.9.1", "a window for a stream beyond its bounds", stream(&[FLOW_CONTROL_ERROR]), &[
-            post(1),
-            window(1, (1 << 31) - 1),
-        ]),
-        case("6.9.2", "windows that grow beyond their bounds by a setting", connection(&[FLOW_CONTROL_ERROR]), &[
-            post(1),
-            window(1, 65536),
-            setting(4, (1 << 31) - 1),
-        ]),
+        case(
+            "6.8",
+            "GOAWAY that is too short",
+            connection(&[FRAME_SIZE_ERROR]),
+            &[frame(GOAWAY, 0, 0, &[0; 7])],
+        ),
+        case(
+            "6.9",
+            "a window for the connection, larger by 0",
+            connection(&[PROTOCOL_ERROR]),
+            &[window(0, 0)],
+        ),
+        case(
+            "6.9",
+            "a window for a stream, larger by 0",
+            stream(&[PROTOCOL_ERROR]),
+            &[post(1), window(1, 0)],
+        ),
+        case(
+            "6.9",
+            "WINDOW_UPDATE that is too short",
+            connection(&[FRAME_SIZE_ERROR]),
+            &[frame(WINDOW_UPDATE, 0, 0, &[0, 0, 1])],
+        ),
+        case(
+            "6.9.1",
+            "a window for the connection beyond its bounds",
+            connection(&[FLOW_CONTROL_ERROR]),
+            &[window(0, (1 << 31) - 1)],
+        ),
+        case(
+            "6.9.1",
+            "a window for a stream beyond its bounds",
+            stream(&[FLOW_CONTROL_ERROR]),
+            &[post(1), window(1, (1 << 31) - 1)],
+        ),
+        case(
+            "6.9.2",
+            "windows that grow beyond their bounds by a setting",
+            connection(&[FLOW_CONTROL_ERROR]),
+            &[post(1), window(1, 65536), setting(4, (1 << 31) - 1)],
+        ),
         case("6.10", "a header block in many pieces", Due::Served, &{
             let mut frames = vec![frame(HEADERS, END_STREAM, 1, first)];
             frames.extend(second.chunks(20).map(|piece| frame(CONTINUATION, 0, 1, piece)));
             frames.push(frame(CONTINUATION, END_HEADERS, 1, b""));
             frames
         }),
-        case("6.10", "DATA within a header block", connection(&[PROTOCOL_ERROR]), &[
-            frame(HEADERS, END_STREAM, 1, first),
-            data(b"x"),
-        ]),
-        case("6.10", "CONTINUATION on stream 0", connection(&[PROTOCOL_ERROR]), &[
-            frame(HEADERS, END_STREAM, 1, first),
-            frame(CONTINUATION, END_HEADERS, 0, second),
-        ]),
-        case("6.10", "CONTINUATION of another stream", connection(&[PROTOCOL_ERROR]), &[
-            frame(HEADERS, END_STREAM, 1, first),
-            frame(CONTINUATION, END_HEADERS, 3, second),
-        ]),
-        case("6.10", "CONTINUATION behind the end of a header block", connection(&[PROTOCOL_ERROR]), &[
-            post(1),
-            frame(CONTINUATION, END_HEADERS, 1, &get_block),
-        ]),
-        case("6.10", "CONTINUATION behind DATA", connection(&[PROTOCOL_ERROR]), &[
-            post(1),
-            frame(DATA, 0, 1, b"x"),
-            frame(CONTINUATION, END_HEADERS, 1, &get_block),
-        ]),
-        case("8.1", "trailers", Due::Served, &[
-            post(1),
-            frame(DATA, 0, 1, b"x"),
-            frame(HEADERS, WHOLE, 1, &block(&[("x-trailer", "y")])),
-        ]),
-        case("8.1", "trailers that do not end the stream", Due::Malformed, &[
-            post(1),
-            frame(DATA, 0, 1, b"x"),
-            frame(HEADERS, END_HEADERS, 1, &block(&[("x-trailer", "y")])),
-            data(b"y"),
-        ]),
-        case("8.1", "pseudo-headers in trailers", Due::Malformed, &[
-            post(1),
-            frame(DATA, 0, 1, b"x"),
-            frame(HEADERS, WHOLE, 1, &block(&[(":method", "POST")])),
-        ]),
-        case("8.1.1", "fewer bytes than Content-Length", Due::Malformed, &[
-            frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "5")])),
-            data(b"four"),
-        ]),
-        case("8.1.1", "more bytes than Content-Length", Due::Malformed, &[
-            frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "3")])),
-            data(b"four"),
-        ]),
-        case("8.1.1", "more bytes than Content-Length, in pieces", Due::Malformed, &[
-            frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "5")])),
-            frame(DATA, 0, 1, b"abc"),
-            data(b"abc"),
-        ]),
+        case(
+            "6.10",
+            "DATA within a header block",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(HEADERS, END_STREAM, 1, first), data(b"x")],
+        ),
+        case(
+            "6.10",
+            "CONTINUATION on stream 0",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(HEADERS, END_STREAM, 1, first), frame(CONTINUATION, END_HEADERS, 0, second)],
+        ),
+        case(
+            "6.10",
+            "CONTINUATION of another stream",
+            connection(&[PROTOCOL_ERROR]),
+            &[frame(HEADERS, END_STREAM, 1, first), frame(CONTINUATION, END_HEADERS, 3, second)],
+        ),
+        case(
+            "6.10",
+            "CONTINUATION behind the end of a header block",
+            connection(&[PROTOCOL_ERROR]),
+            &[post(1), frame(CONTINUATION, END_HEADERS, 1, &get_block)],
+        ),
+        case(
+            "6.10",
+            "CONTINUATION behind DATA",
+            connection(&[PROTOCOL_ERROR]),
+            &[post(1), frame(DATA, 0, 1, b"x"), frame(CONTINUATION, END_HEADERS, 1, &get_block)],
+        ),
+        case(
+            "8.1",
+            "trailers",
+            Due::Served,
+            &[post(1), frame(DATA, 0, 1, b"x"), frame(HEADERS, WHOLE, 1, &block(&[("x-trailer", "y")]))],
+        ),
+        case(
+            "8.1",
+            "trailers that do not end the stream",
+            Due::Malformed,
+            &[
+                post(1),
+                frame(DATA, 0, 1, b"x"),
+                frame(HEADERS, END_HEADERS, 1, &block(&[("x-trailer", "y")])),
+                data(b"y"),
+            ],
+        ),
+        case(
+            "8.1",
+            "pseudo-headers in trailers",
+            Due::Malformed,
+            &[post(1), frame(DATA, 0, 1, b"x"), frame(HEADERS, WHOLE, 1, &block(&[(":method", "POST")]))],
+        ),
+        case(
+            "8.1.1",
+            "fewer bytes than Content-Length",
+            Due::Malformed,
+            &[frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "5")])), data(b"four")],
+        ),
+        case(
+            "8.1.1",
+            "more bytes than Content-Length",
+            Due::Malformed,
+            &[frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "3")])), data(b"four")],
+        ),
+        case(
+            "8.1.1",
+            "more bytes than Content-Length, in pieces",
+            Due::Malformed,
+            &[
+                frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "5")])),
+                frame(DATA, 0, 1, b"abc"),
+                data(b"abc"),
+            ],
+        ),
         request("8.1.1", "a Content-Length without a body", Due::Malformed, {
             with(&POST, &[("content-length", "5")])
         }),
-        case("8.1.1", "as many bytes as Content-Length", Due::Served, &[
-            frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "6")])),
-            frame(DATA, 0, 1, b"abc"),
-            data(b"def"),
-        ]),
+        case(
+            "8.1.1",
+            "as many bytes as Content-Length",
+            Due::Served,
+            &[
+                frame(HEADERS, END_HEADERS, 1, &with(&POST, &[("content-length", "6")])),
+                frame(DATA, 0, 1, b"abc"),
+                data(b"def"),
+            ],
+        ),
         request("8.1.1", "two lengths that differ", Due::Malformed, {
             with(&POST, &[("content-length", "0"), ("content-length", "1")])
         }),
-        request("8.1.1", "a length that is no number", Due::Malformed, with(&POST, &[("content-length", "+0")])),
+        request(
+            "8.1.1",
+            "a length that is no number",
+            Due::Malformed,
+            with(&POST, &[("content-length", "+0")]),
+        ),
         request("8.2", "capitals in a name", Due::Malformed, with(&GET, &[("X-Test", "x")])),
         request("8.2.1", "a space in a name", Due::Malformed, with(&GET, &[("x y", "x")])),
         request("8.2.1", "a colon in a name", Due::Malformed, with(&GET, &[("x:y", "x")])),
@@ -516,7 +670,12 @@ fn cases() -> Vec<Case> {
         request("8.2.2", "Connection", Due::Malformed, with(&GET, &[("connection", "keep-alive")])),
         request("8.2.2", "Keep-Alive", Due::Malformed, with(&GET, &[("keep-alive", "timeout=5")])),
         request("8.2.2", "Proxy-Connection", Due::Malformed, with(&GET, &[("proxy-connection", "close")])),
-        request("8.2.2", "Transfer-Encoding", Due::Malformed, with(&GET, &[("transfer-encoding", "chunked")])),
+        request(
+            "8.2.2",
+            "Transfer-Encoding",
+            Due::Malformed,
+            with(&GET, &[("transfer-encoding", "chunked")]),
+        ),
         request("8.2.2", "Upgrade", Due::Malformed, with(&GET, &[("upgrade", "websocket")])),
         request("8.2.2", "TE of another value", Due::Malformed, with(&GET, &[("te", "trailers, deflate")])),
         request("8.2.2", "TE: trailers", Due::Served, with(&GET, &[("te", "trailers")])),
@@ -549,7 +708,12 @@ fn cases() -> Vec<Case> {
         request("8.3.1", "Host in place of the authority", Due::Served, {
             block(&[GET[0], GET[1], GET[2], ("host", "x.example")])
         }),
-        request("8.3.1", "Host that is not the authority", Due::Malformed, with(&GET, &[("host", "y.example")])),
+        request(
+            "8.3.1",
+            "Host that is not the authority",
+            Due::Malformed,
+            with(&GET, &[("host", "y.example")]),
+        ),
         request("8.3.1", "Host that is the authority", Due::Served, with(&GET, &[("host", "x.example")])),
         request("8.5", "CONNECT", Due::Malformed, block(&[(":method", "CONNECT"), (":authority", "x:443")])),
         request("8.5", "CONNECT with a path", Due::Malformed, but(":method", "CONNECT")),
@@ -575,7 +739,9 @@ fn http2_is_what_its_rfc_says() {
         let known = DEVIATIONS.iter().find(|known| (known.0, known.1) == (*section, *name));
         match known {
             None if due.allows(seen) => {}
-            Some((_, _, expected)) if *expected == seen => deviating.push(format!("{section} {name}: {seen:?}")),
+            Some((_, _, expected)) if *expected == seen => {
+                deviating.push(format!("{section} {name}: {seen:?}"))
+            }
             _ => wrong.push(format!("{section} {name}: {seen:?}, but {due:?} is due")),
         }
         if matches!(seen, Seen::Goaway(_)) {

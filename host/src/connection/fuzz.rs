@@ -42,7 +42,8 @@ async fn converse(pieces: Vec<Vec<u8>>, buffer: usize) -> (Vec<Seen>, Vec<u8>, b
         refused: OnceLock::new(),
     });
     let (ours, theirs) = tokio::io::duplex(buffer);
-    let wire = Wire::new(Box::new(ours), BytesMut::new(), Some(Scan::new(LIMITS)), Arc::clone(&link), &limits);
+    let wire =
+        Wire::new(Box::new(ours), BytesMut::new(), Some(Scan::new(LIMITS)), Arc::clone(&link), &limits);
     let seen = Mutex::new(Vec::new());
     let is_refused = AtomicBool::new(false);
     let service = service_fn(|request: Request<Incoming>| async {
@@ -89,7 +90,9 @@ fn read(mut bytes: &[u8]) -> (Vec<Seen>, bool) {
         while let Some(rest) = bytes.strip_prefix(b"\r\n") {
             bytes = rest;
         }
-        let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return (requests, true) };
+        let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else {
+            return (requests, true);
+        };
         let head = bytes[..end].iter().map(|byte| char::from(*byte)).collect::<String>();
         bytes = &bytes[end + 4..];
         let mut lines = head.split("\r\n");
@@ -115,8 +118,8 @@ fn read(mut bytes: &[u8]) -> (Vec<Seen>, bool) {
         let options: Vec<_> = options.flat_map(|(_, value)| value.split(',')).map(str::trim).collect();
         let has = |word: &str| options.iter().any(|option| option.eq_ignore_ascii_case(word));
         // Not even hyper reads requests behind a CONNECT that was granted.
-        let is_last = method == "CONNECT"
-            || has("close") || (first.ends_with("HTTP/1.0") && !has("keep-alive"));
+        let is_last =
+            method == "CONNECT" || has("close") || (first.ends_with("HTTP/1.0") && !has("keep-alive"));
         requests.push((method, path(target).to_owned(), body));
         if is_cut || is_last {
             return (requests, false);
