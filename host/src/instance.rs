@@ -44,7 +44,7 @@ const MAX_READ: u32 = 1 << 20;
 const MAX_RANDOM: u64 = 1 << 20;
 /// Time that a guest may take to start. Ours does nothing then; one that never
 /// comes to an end would hold up the server's start, or a request.
-const START_TIMEOUT: Duration = Duration::from_secs(10);
+const START_TIMEOUT: Duration = Duration::from_secs(5);
 /// Bytes of a trap's reason that are logged: a guest may have words in it.
 const MAX_REASON: usize = 500;
 /// Elements that all tables of an instance may have together.

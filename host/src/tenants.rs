@@ -103,6 +103,9 @@ pub struct Record {
     log: LineBudget,
     /// The version before, for a rollback.
     previous: Mutex<Option<Arc<Tenant>>>,
+    /// One change at a time. Not one for all tenants: a version that takes
+    /// minutes to compile must not hold up the others'.
+    changing: tokio::sync::Mutex<()>,
 }
 
 impl Default for Record {
@@ -114,6 +117,7 @@ impl Default for Record {
             errors: Mutex::default(),
             log: LineBudget::new(LOGGED_FAILURES),
             previous: Mutex::default(),
+            changing: tokio::sync::Mutex::default(),
         }
     }
 }
@@ -335,6 +339,8 @@ struct Mount {
 #[derive(Clone)]
 struct Unloaded {
     config: TenantConfig,
+    /// The app's file at that time.
+    stamp: Stamp,
     error: String,
 }
 
@@ -418,10 +424,12 @@ pub struct Tenants {
     all: Mutex<BTreeMap<String, Arc<Tenant>>>,
     /// Versions that were not taken into use, by their tenants' names.
     unloaded: Mutex<BTreeMap<String, Unloaded>>,
-    /// One change at a time.
-    changing: tokio::sync::Mutex<()>,
+    /// The source is read by one at a time.
+    reading: tokio::sync::Mutex<()>,
     source: Source,
     state_file: Option<PathBuf>,
+    /// Held while the state's file is changed.
+    saving: Mutex<()>,
 }
 
 /// Where the tenants come from, to be read again when it changes.
@@ -471,9 +479,10 @@ impl Tenants {
             table: ArcSwap::default(),
             all: Mutex::default(),
             unloaded: Mutex::default(),
-            changing: tokio::sync::Mutex::default(),
+            reading: tokio::sync::Mutex::default(),
             source,
             state_file,
+            saving: Mutex::default(),
         });
         tenants.reload().await?;
         let unloaded = lock(&tenants.unloaded).clone();
@@ -508,34 +517,17 @@ impl Tenants {
     ///
     /// If the source can not be read; then nothing changes.
     pub async fn reload(self: &Arc<Self>) -> Result<()> {
-        let _one = self.changing.lock().await;
-        let mut wanted = (self.source)()?;
-        let state = self.saved_state();
-        for config in &mut wanted {
-            if let Some(app) = state.apps.get(&config.name) {
-                config.app.clone_from(app);
-            }
-        }
+        let _one = self.reading.lock().await;
+        let wanted = (self.source)()?;
         let names: BTreeSet<String> = wanted.iter().map(|config| config.name.clone()).collect();
         let is_only = wanted.len() == 1;
         let mut loading = JoinSet::new();
         for config in wanted {
-            let known = lock(&self.all).get(&config.name).cloned();
-            if known.as_ref().is_some_and(|known| known.config == config && !known.has_changed()) {
-                continue;
-            }
-            let (name, suspended) = (config.name.clone(), state.suspended.contains(&config.name));
-            let record = known.map_or_else(Arc::default, |known| Arc::clone(&known.record));
-            record.suspended.store(suspended, Ordering::Relaxed);
             if loading.len() >= processors() {
                 loading.join_next().await;
             }
             let tenants = Arc::clone(self);
-            loading.spawn(async move {
-                if let Err(error) = tenants.replace(config, record, is_only).await {
-                    tracing::error!(tenant = %name, "the new version is not used: {error:#}");
-                }
-            });
+            loading.spawn(async move { tenants.follow(config, is_only).await });
         }
         while loading.join_next().await.is_some() {}
         for (_, removed) in lock(&self.all).extract_if(.., |name, _| !names.contains(name)) {
@@ -548,6 +540,30 @@ impl Tenants {
         Ok(())
     }
 
+    /// Makes a tenant what `config` and what `ctl` has changed say.
+    async fn follow(self: &Arc<Self>, mut config: TenantConfig, is_only: bool) {
+        let record = lock(&self.all).get(&config.name).map(|known| Arc::clone(&known.record));
+        let record = record.unwrap_or_default();
+        let _one = record.changing.lock().await;
+        let state = self.saved_state();
+        if let Some(app) = state.apps.get(&config.name) {
+            config.app.clone_from(app);
+        }
+        let known = lock(&self.all).get(&config.name).cloned();
+        if known.is_some_and(|known| known.config == config && !known.has_changed()) {
+            // What `ctl` tried in vain is not what is asked for here.
+            if let Some(unloaded) = lock(&self.unloaded).get_mut(&config.name) {
+                unloaded.stamp = stamp(&unloaded.config.app);
+            }
+            return;
+        }
+        let name = config.name.clone();
+        record.suspended.store(state.suspended.contains(&name), Ordering::Relaxed);
+        if let Err(error) = self.replace(config, Arc::clone(&record), is_only).await {
+            tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+        }
+    }
+
     /// Loads `config`, proves it, and lets it take its tenant's place. If it
     /// `is_expected`, or replaces a version, requests will come at once.
     async fn replace(
@@ -558,7 +574,7 @@ impl Tenants {
     ) -> Result<()> {
         let name = config.name.clone();
         let is_expected = is_expected || lock(&self.all).contains_key(&name);
-        let attempt = config.clone();
+        let (attempt, stamp) = (config.clone(), stamp(&config.app));
         let shared = Arc::clone(&self.shared);
         let loading = Arc::clone(&record);
         // Loading reads and compiles; that must not hold up requests.
@@ -586,7 +602,7 @@ impl Tenants {
             Err(error) => {
                 let text = format!("{error:#}");
                 record.fail(None, text.clone());
-                lock(&self.unloaded).insert(name, Unloaded { config: attempt, error: text });
+                lock(&self.unloaded).insert(name, Unloaded { config: attempt, stamp, error: text });
                 Err(error)
             }
         }
@@ -633,7 +649,7 @@ impl Tenants {
                 }
             })
             .collect();
-        for (name, Unloaded { config, error }) in unloaded {
+        for (name, Unloaded { config, error, .. }) in unloaded {
             if !list.iter().any(|status| status.name == name) {
                 list.push(Status {
                     name,
@@ -686,13 +702,14 @@ impl Tenants {
     ///
     /// If there is no such tenant, or the new app does not start or answer.
     pub async fn deploy(self: &Arc<Self>, name: &str, app: &Path) -> Result<()> {
-        let _one = self.changing.lock().await;
+        let record = Arc::clone(&self.get(name)?.record);
+        let _one = record.changing.lock().await;
         let tenant = self.get(name)?;
         if !app.is_file() {
             bail!("there is no app `{}`", app.display());
         }
         let config = TenantConfig { app: app.to_path_buf(), ..tenant.config.clone() };
-        self.replace(config, Arc::clone(&tenant.record), true).await?;
+        self.replace(config, Arc::clone(&record), true).await?;
         self.save_state(|state| drop(state.apps.insert(name.to_owned(), app.to_path_buf())))
     }
 
@@ -702,7 +719,8 @@ impl Tenants {
     ///
     /// If there is no such tenant, or no version before.
     pub async fn roll_back(self: &Arc<Self>, name: &str) -> Result<()> {
-        let _one = self.changing.lock().await;
+        let record = Arc::clone(&self.get(name)?.record);
+        let _one = record.changing.lock().await;
         let tenant = self.get(name)?;
         let Some(previous) = lock(&tenant.record.previous).clone() else {
             bail!("there is no version of `{name}` before this one");
@@ -712,7 +730,6 @@ impl Tenants {
         lock(&self.all).insert(name.to_owned(), previous);
         self.publish();
         tenant.app.pool.retire(true);
-        let record = Arc::clone(&tenant.record);
         *lock(&record.previous) = Some(tenant);
         Ok(())
     }
@@ -738,6 +755,7 @@ impl Tenants {
 
     fn save_state(&self, change: impl FnOnce(&mut SavedState)) -> Result<()> {
         let Some(path) = &self.state_file else { return Ok(()) };
+        let _one = lock(&self.saving);
         let mut state = self.saved_state();
         change(&mut state);
         let directory = path.parent().unwrap_or(Path::new("."));
@@ -759,17 +777,24 @@ impl Tenants {
         loop {
             interval.tick().await;
             let all: Vec<_> = lock(&self.all).values().cloned().collect();
-            let mut changed = false;
             for tenant in &all {
                 tenant.app.pool.trim(tenant.config.instances.idle);
-                changed |= !watched.is_empty() && tenant.has_changed();
             }
+            let changed = !watched.is_empty() && self.an_app_has_changed(&all);
             let now = stamps();
             if now != seen || changed {
                 seen = now;
                 self.reload_or_log().await;
             }
         }
+    }
+
+    /// Whether there is an app that has not been tried as it is now.
+    fn an_app_has_changed(&self, all: &[Arc<Tenant>]) -> bool {
+        let tried = lock(&self.unloaded).clone();
+        let is_new = |unloaded: &Unloaded| stamp(&unloaded.config.app) != unloaded.stamp;
+        tried.values().any(is_new)
+            || all.iter().any(|tenant| !tried.contains_key(&tenant.config.name) && tenant.has_changed())
     }
 
     /// Reloads; a source that can not be read changes nothing but the log.

@@ -92,7 +92,7 @@ def recurse(number, start_response):
 def recurse_in_c(number, start_response):
     """Frees what is nested so deeply that the C stack ends."""
     nested = ()
-    for _ in range(2_000_000):
+    for _ in range(400_000):
         nested = (nested,)
     del nested
     return reply(start_response, "freed")
