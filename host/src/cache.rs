@@ -233,7 +233,7 @@ impl Cache {
         Ok(lock)
     }
 
-    /// Remembers that the entry is in use, for [`Cache::prune`].
+    /// Remembers that the entry is in use, for `cache prune`.
     fn note_use(&self, bucket: Bucket, key: &str) {
         let path = self.root.join(bucket.directory()).join(LOCKS).join(key);
         let now = SystemTime::now();

@@ -321,7 +321,7 @@ fn address() -> impl Strategy<Value = SocketAddr> {
 /// Names and values of an environ block, as the guest takes it apart.
 fn take_apart(block: &[u8]) -> Vec<(String, Vec<u8>)> {
     let fields: Vec<_> = block.split(|byte| *byte == 0).collect();
-    let count = fields.iter().position(|field| field.is_empty()).expect("no empty field");
+    let count = fields.iter().position(|field| field.is_empty()).unwrap();
     let values = &fields[count + 1..];
     assert_eq!(values.len(), count, "names and values do not match");
     std::iter::zip(&fields, values)
