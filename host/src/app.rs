@@ -1,12 +1,13 @@
 //! From what the user named (a file, a directory, a callable) to a program
 //! that is linked and granted what it may use.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use anyhow::Result;
 
-use crate::artifact::Artifact;
+use crate::artifact::{Artifact, Layer};
 use crate::build::{self, BuildOptions, Progress};
 use crate::cache::Cache;
 use crate::cli::{GrantArgs, SourceArgs};
@@ -15,6 +16,7 @@ use crate::config::{
 };
 use crate::error::UserError;
 use crate::files::granted::Quota;
+use crate::files::image::Image;
 use crate::files::{FileGrants, Files, memory};
 use crate::footprint::Footprint;
 use crate::guest_log::LineBudget;
@@ -23,8 +25,23 @@ use crate::key_derivation::Derivations;
 use crate::network::NetworkGrants;
 use crate::pool::Isolation;
 use crate::scheduler::Share;
+use crate::static_files::Mount;
 use crate::tenants::Shared;
 use crate::units::Size;
+
+/// Directories of static files that an app can bring. Each request of it is
+/// compared with all of them.
+const MAX_MOUNTS: usize = 64;
+
+/// What a tenant's app comes to.
+pub struct Loaded {
+    /// Its code.
+    pub program: Program,
+    /// What its instances may use.
+    pub grants: Grants,
+    /// The directories whose files are served without it.
+    pub mounts: Vec<Mount>,
+}
 
 /// Loads the built app of a tenant.
 ///
@@ -36,7 +53,7 @@ pub fn load_artifact(
     config: &TenantConfig,
     share: Arc<Share>,
     footprint: Arc<Footprint>,
-) -> Result<(Program, Grants)> {
+) -> Result<Loaded> {
     let artifact = Artifact::open(&config.app)?;
     let digests = artifact.digests(&shared.cache)?;
     let code = shared.loader.load(&artifact, &digests, shared.sharing, &|step| {
@@ -46,7 +63,9 @@ pub fn load_artifact(
         UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", config.app.display()))
             .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
     })?;
-    let files = Files::new(artifact.unpack_layers(&shared.cache, &digests)?, &config.files)?;
+    let layers = artifact.unpack_layers(&shared.cache, &digests)?;
+    let mounts = mounts(config, &artifact, &layers)?;
+    let files = Files::new(layers, &config.files)?;
     let mut environment =
         artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
     environment.extend(config.environment.0.clone());
@@ -62,7 +81,33 @@ pub fn load_artifact(
         network: Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),
         log: Arc::new(LineBudget::new(config.limits.log_lines)),
     };
-    Ok((program, grants))
+    Ok(Loaded { program, grants, mounts })
+}
+
+/// The directories that the configuration names, and then those that the app brings.
+fn mounts(config: &TenantConfig, artifact: &Artifact, layers: &[(Layer, PathBuf)]) -> Result<Vec<Mount>> {
+    let refuse = |prefix: &str, reason: String| {
+        UserError::new(format!("can not serve static files under `{prefix}`: {reason}"))
+    };
+    let mut mounts = Vec::new();
+    for (prefix, path) in &config.static_files {
+        mounts.push(Mount::directory(prefix, path).map_err(|reason| refuse(prefix, reason))?);
+    }
+    let of_app = artifact.manifest().map(|manifest| &manifest.static_files);
+    let Some(of_app) = of_app.filter(|of_app| !of_app.is_empty()) else { return Ok(mounts) };
+    if of_app.len() > MAX_MOUNTS {
+        let reason = format!("it is one of {}, and an app can have {MAX_MOUNTS}", of_app.len());
+        return Err(refuse("/", reason).into());
+    }
+    let Some((_, path)) = layers.iter().find(|(layer, _)| *layer == Layer::App) else { return Ok(mounts) };
+    let image = Image::open(path)?;
+    // The cache names a layer by the digest of its content.
+    let digest = Arc::from(path.file_name().unwrap_or_default().to_string_lossy());
+    for (prefix, directory) in of_app {
+        let mount = Mount::layer(prefix, &image, directory, &digest);
+        mounts.push(mount.map_err(|reason| refuse(prefix, reason))?);
+    }
+    Ok(mounts)
 }
 
 /// What the options of a command say of the app that it names, which is built
@@ -98,6 +143,7 @@ pub fn only_tenant(
         },
         network: grants.network.clone(),
         traffic: grants.network_quota.0,
+        static_files: BTreeMap::new(),
         health: None,
         weight: 1,
     })
@@ -107,8 +153,13 @@ pub fn only_tenant(
 fn locate(cache: &Cache, name: Option<&str>, source: &SourceArgs) -> Result<PathBuf> {
     let named_directory = source.build.dir.as_deref();
     let build = |application, directory| {
-        let options =
-            BuildOptions { application, directory, project: &source.build, environment: &source.build_env };
+        let options = BuildOptions {
+            application,
+            directory,
+            project: &source.build,
+            environment: &source.build_env,
+            static_files: BTreeMap::new(),
+        };
         build::build(cache, &options, &Progress::new())
     };
     let Some(name) = name else {

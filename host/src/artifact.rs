@@ -58,6 +58,10 @@ pub struct Manifest {
     pub warmup: Vec<String>,
     /// Variables set for the build, and at run time unless overridden.
     pub environment: BTreeMap<String, String>,
+    /// Directories of the app whose files the host serves itself, by the path
+    /// of the URL.
+    #[serde(default, rename = "static", skip_serializing_if = "BTreeMap::is_empty")]
+    pub static_files: BTreeMap<String, String>,
     /// Digest of everything that went into the build.
     pub inputs: String,
     /// The layers in the file.
@@ -567,6 +571,7 @@ mod tests {
             packages: Vec::new(),
             warmup: Vec::new(),
             environment: BTreeMap::new(),
+            static_files: BTreeMap::new(),
             inputs: String::new(),
             layers: Vec::new(),
         }

@@ -21,7 +21,7 @@ mod vendor;
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
 use std::time::Instant;
 
@@ -32,6 +32,7 @@ use crate::artifact::{self, Layer, MANIFEST_FORMAT, Manifest, Package, PackedLay
 use crate::cache::{Bucket, Cache, Key, Links, walk};
 use crate::cli::{BuildArgs, ProjectArgs};
 use crate::error::UserError;
+use crate::static_files;
 use crate::units;
 
 use target::Target;
@@ -53,6 +54,8 @@ pub struct BuildOptions<'a> {
     pub project: &'a ProjectArgs,
     /// Variables for the build.
     pub environment: &'a [(String, String)],
+    /// Directories whose files the host is to serve itself, by the URL's path.
+    pub static_files: BTreeMap<String, String>,
 }
 
 /// Builds and writes the file that the user asked for.
@@ -67,7 +70,18 @@ pub fn run(args: &BuildArgs) -> Result<()> {
         (Some(named), None) if Path::new(named).is_dir() => (None, Path::new(named)),
         (application, directory) => (application, directory.unwrap_or(Path::new("."))),
     };
-    let options = BuildOptions { application, directory, project: &args.project, environment: &args.env };
+    let mut static_files = BTreeMap::new();
+    for text in &args.static_files {
+        let (prefix, path) = static_files::split(text)?;
+        static_files.insert(prefix.to_owned(), path.trim_end_matches('/').to_owned());
+    }
+    let options = BuildOptions {
+        application,
+        directory,
+        project: &args.project,
+        environment: &args.env,
+        static_files,
+    };
     let built = build(&cache, &options, &progress)?;
     write_output(&built, &args.output)?;
     let size = fs::metadata(&args.output).map_or(0, |metadata| metadata.len());
@@ -123,7 +137,8 @@ pub fn build(cache: &Cache, options: &BuildOptions<'_>, progress: &Progress) -> 
         .with(serde_json::to_vec(&target)?)
         .with(requirements.key())
         .with(serde_json::to_vec(&options.project.warmup)?)
-        .with(serde_json::to_vec(options.environment)?);
+        .with(serde_json::to_vec(options.environment)?)
+        .with(serde_json::to_vec(&options.static_files)?);
     for file in &files {
         let path = directory.join(file);
         let content = fs::read(&path).with_context(|| format!("failed to read `{}`", path.display()))?;
@@ -311,6 +326,17 @@ impl Work<'_> {
             self.progress.warn(warning);
         }
 
+        // Only now: the app may have collected them while it was imported.
+        for (prefix, path) in &self.options.static_files {
+            if !is_directory_below(&scratch.app(), Path::new(path)) {
+                return Err(UserError::new(format!(
+                    "can not serve static files under `{prefix}`: the app has no directory `{path}`"
+                ))
+                .remedy("name a directory in the project's, as in `--static /static=public`")
+                .into());
+            }
+        }
+
         self.progress.step("packing");
         let read_packed = |directory: &Path| -> Result<PackedLayer> {
             let path = directory.join("layer.json");
@@ -333,6 +359,7 @@ impl Work<'_> {
             packages,
             warmup: self.options.project.warmup.clone(),
             environment: self.options.environment.iter().cloned().collect(),
+            static_files: self.options.static_files.clone(),
             inputs: self.inputs.to_owned(),
             layers: layers.iter().map(PackedLayer::summary).collect(),
         };
@@ -486,6 +513,12 @@ impl Scratch {
     fn work(&self) -> PathBuf {
         self.0.path().join("work")
     }
+}
+
+/// Whether `path` is a directory below `root`, and leads nowhere else.
+fn is_directory_below(root: &Path, path: &Path) -> bool {
+    let is_plain = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
+    is_plain && root.join(path).is_dir()
 }
 
 /// Copies `files`, paths relative to `from`, to the same places below `to`.

@@ -69,6 +69,9 @@ pub struct BuildArgs {
     /// A variable for the build, kept in the app as its default at run time (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
     pub env: Vec<(String, String)>,
+    /// Let the host serve the files of one of the project's directories under a path, without the app (repeatable)
+    #[arg(long = "static", value_name = "/PATH=DIR")]
+    pub static_files: Vec<String>,
     #[command(flatten)]
     pub project: ProjectArgs,
     /// The file to write

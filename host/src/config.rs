@@ -23,6 +23,7 @@ use crate::files::granted::Quota;
 use crate::files::{FileGrants, memory};
 use crate::network::Rule;
 use crate::pool::Isolation;
+use crate::static_files::Mount;
 use crate::units::{Size, Time};
 
 /// A configuration file, as written.
@@ -106,6 +107,10 @@ pub struct TenantSection {
     /// `ADDRESS:PORT` or `ADDRESS/BITS:PORT`.
     #[serde(default)]
     pub network: Vec<String>,
+    /// Directories whose files are served without the app: the URL's path
+    /// below the app's, and the directory.
+    #[serde(default, rename = "static")]
+    pub static_files: BTreeMap<String, PathBuf>,
     /// A path that a healthy app answers with a status below 400.
     #[serde(default)]
     pub health: Option<String>,
@@ -228,6 +233,9 @@ pub struct TenantConfig {
     pub network: Vec<Rule>,
     /// Bytes that an instance may send and receive over its connections.
     pub traffic: u64,
+    /// Directories whose files are served without the app, by the path that
+    /// they are under.
+    pub static_files: BTreeMap<String, PathBuf>,
     /// A path that a healthy app answers with a status below 400.
     pub health: Option<String>,
     /// Share of the processors, relative to others.
@@ -613,6 +621,14 @@ fn resolve_tenant(
     if let Some(health) = health.as_ref().filter(|health| !health.starts_with('/')) {
         note(format!("the health path `{health}` has to start with `/`"));
     }
+    let mut static_files = BTreeMap::new();
+    for (prefix, path) in &section.static_files {
+        let path = directory.join(path);
+        match Mount::directory(prefix, &path) {
+            Ok(_) => drop(static_files.insert(prefix.clone(), path)),
+            Err(problem) => note(format!("static files: {problem}")),
+        }
+    }
     let instances = &section.instances;
     let shared = &defaults.instances;
     let max = instances.max.or(section.limits.concurrency).or(shared.max).or(defaults.limits.concurrency);
@@ -650,6 +666,7 @@ fn resolve_tenant(
         files: FileGrants { temporary, data },
         network: rules,
         traffic,
+        static_files,
         health,
         weight,
     })
@@ -797,6 +814,7 @@ mod tests {
             secrets = { KEY = { file = "secret" } }
             data = { path = "data", quota = "1MiB", files = 5 }
             network = ["db.internal:5432", "10.0.0.0/8:*"]
+            static = { "/assets" = "data" }
             health = "/healthz"
             weight = 2
             [[tenant]]
@@ -813,6 +831,7 @@ mod tests {
         );
         assert_eq!((&*acme.path, acme.weight, acme.isolation), ("/shop", 2, Isolation::Request));
         assert_eq!(acme.limits.memory, 256 << 20);
+        assert!(acme.static_files["/assets"].ends_with("data"));
         assert_eq!(acme.limits.timeout, Duration::from_secs(10));
         assert_eq!(
             acme.instances,
@@ -840,6 +859,7 @@ name = "b b"
 app = "missing.wasm"
 hosts = ["http://x"]
 path = "no-slash"
+static = { assets = "missing", "/assets" = "missing" }
 "#,
         )
         .unwrap_err()
@@ -853,10 +873,12 @@ path = "no-slash"
             "tenant `b b`: there is no app",
             "tenant `b b`: `http://x` is not a host",
             "tenant `b b`: the path `no-slash`",
+            "tenant `b b`: static files: the URL path `assets` does not begin with",
+            "tenant `b b`: static files: can not open the directory",
         ] {
             assert!(error.contains(expected), "no `{expected}` in:\n{error}");
         }
-        assert!(error.starts_with("8 mistakes"), "{error}");
+        assert!(error.starts_with("10 mistakes"), "{error}");
     }
 
     #[test]

@@ -26,7 +26,7 @@ use crate::forwarded::Proxies;
 use crate::handler::{self, Answer, ResponseBody};
 use crate::request_id::RequestId;
 use crate::stall::Stall;
-use crate::static_files::{self, FileBody, Mount};
+use crate::static_files::Mount;
 use crate::tenants::{Tenant, Tenants};
 use crate::wire;
 
@@ -113,24 +113,12 @@ async fn respond(
     let front = &server.front;
     wire::check_request(parts, &server.limits.head)?;
     let connection = front.proxies.apply(link.is_trusted, parts, &link.connection)?;
-    if let Some(mount) = front.mounts.iter().find(|mount| mount.holds(parts.uri.path())) {
-        let response = static_files::respond(mount, parts).await;
+    let mut mounts = front.mounts.iter();
+    if let Some((mount, name)) = mounts.find_map(|mount| Some((mount, mount.below(parts.uri.path())?))) {
         if let Some(record) = record {
             record.client = connection.peer;
         }
-        return Ok(match response {
-            Ok(response) => response.map(Kind::File),
-            Err(status) => {
-                let failure = Failure::Refused(status, "there is no such file");
-                let mut response = handler::refusal(failure, id);
-                // The request itself was fine.
-                response.headers_mut().remove(header::CONNECTION);
-                if status == http::StatusCode::METHOD_NOT_ALLOWED {
-                    response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
-                }
-                response.map(Kind::App)
-            }
-        });
+        return Ok(handler::static_file(mount, name, parts, id).await.map(Kind::App));
     }
     let Answer { response, queued, leased, tenant } =
         handler::handle(&front.tenants, &connection, id, parts, incoming).await;
@@ -154,11 +142,9 @@ fn request_id(link: &Link, parts: &Parts) -> RequestId {
 
 /// What a body consists of.
 pub enum Kind {
-    /// From the app, or one of our own refusals.
+    /// From the app, a file, or one of our own refusals.
     App(ResponseBody),
-    /// A file.
-    File(FileBody),
-    /// Either of them, compressed.
+    /// The same, compressed.
     Compressed(Box<Compressed>),
 }
 
@@ -167,7 +153,6 @@ impl Kind {
     pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         match self {
             Kind::App(body) => Pin::new(body).poll_frame(context),
-            Kind::File(body) => body.poll_piece(context),
             Kind::Compressed(body) => body.poll_piece(context),
         }
     }
@@ -175,7 +160,6 @@ impl Kind {
     fn is_end(&self) -> bool {
         match self {
             Kind::App(body) => body.is_end_stream(),
-            Kind::File(body) => body.is_end(),
             Kind::Compressed(_) => false,
         }
     }
@@ -184,7 +168,6 @@ impl Kind {
     pub fn length(&self) -> Option<u64> {
         match self {
             Kind::App(body) => body.size_hint().exact(),
-            Kind::File(body) => Some(body.length()),
             Kind::Compressed(_) => None,
         }
     }

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Method, Request, Response, Version};
+use http::{Method, Request, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
@@ -27,6 +27,7 @@ use crate::footprint::{Footprint, Held};
 use crate::instance::Reply;
 use crate::pool::{Lease, Pool};
 use crate::request_id::RequestId;
+use crate::static_files::{self, FileBody, Mount};
 use crate::tenants::{Tenant, Tenants};
 
 /// A request body up to this size is read before an instance is taken, and
@@ -140,6 +141,9 @@ async fn respond(
     let tenant = tenants.route(environ::host(parts), parts.uri.path())?;
     observer.tenant = Some(Arc::clone(&tenant));
     tenant.admit()?;
+    if let Some((mount, name)) = tenant.static_file(parts.uri.path()) {
+        return Ok(static_file(mount, name, parts, observer.id).await);
+    }
     let app = &tenant.app;
     let environ = environ::environ(parts, connection, &tenant.config.path)?;
     let mut body = RequestBody::new(incoming, &app.limits, &app.footprint)?;
@@ -169,6 +173,26 @@ async fn respond(
             Ok(head.into_response(ResponseBody::File(part, running)))
         }
     }
+}
+
+/// Answers a request for the file `name` of a mount, without the app.
+pub async fn static_file(
+    mount: &Mount,
+    name: &str,
+    parts: &http::request::Parts,
+    id: RequestId,
+) -> Response<ResponseBody> {
+    let status = match static_files::respond(mount, name, parts).await {
+        Ok(response) => return response.map(ResponseBody::Static),
+        Err(status) => status,
+    };
+    let mut response = refusal(Failure::Refused(status, "there is no such file"), id);
+    // The request itself was fine.
+    response.headers_mut().remove(header::CONNECTION);
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
+    response
 }
 
 /// What a guest gets of a request.
@@ -380,6 +404,8 @@ pub enum ResponseBody {
     Streaming(Running),
     /// A part of a file, and what tells whose it is.
     File(FilePart, Running),
+    /// A file that the app was not asked for.
+    Static(FileBody),
 }
 
 impl Body for ResponseBody {
@@ -406,6 +432,9 @@ impl Body for ResponseBody {
                     failure
                 }))
             }),
+            ResponseBody::Static(file) => {
+                file.poll_piece(context).map(|piece| piece.map(|piece| piece.map(Frame::data)))
+            }
         }
     }
 
@@ -414,6 +443,7 @@ impl Body for ResponseBody {
             ResponseBody::Complete { rest, .. } => rest.is_empty(),
             ResponseBody::Streaming(_) => false,
             ResponseBody::File(part, _) => part.left() == 0,
+            ResponseBody::Static(file) => file.length() == 0,
         }
     }
 
@@ -422,6 +452,7 @@ impl Body for ResponseBody {
             ResponseBody::Complete { rest, .. } => SizeHint::with_exact(rest.len() as u64),
             ResponseBody::Streaming(_) => SizeHint::default(),
             ResponseBody::File(part, _) => SizeHint::with_exact(part.left()),
+            ResponseBody::Static(file) => SizeHint::with_exact(file.length()),
         }
     }
 }

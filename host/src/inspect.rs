@@ -116,6 +116,9 @@ fn text(description: &Description) -> Result<String> {
             for (name, value) in &manifest.environment {
                 writeln!(out, "environment  {name}={value}")?;
             }
+            for (prefix, directory) in &manifest.static_files {
+                writeln!(out, "static       {prefix} from {directory}")?;
+            }
             writeln!(out, "\npackages")?;
             for package in &manifest.packages {
                 let license = package.license.as_deref().unwrap_or("-");

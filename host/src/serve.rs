@@ -247,6 +247,7 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
     let mut read: Vec<PathBuf> = statics.map(|(_, directory)| directory.into()).collect();
     for tenant in (plan.source)()? {
         read.push(parent(&tenant.app));
+        read.extend(tenant.static_files.into_values());
         write.extend(tenant.files.data.map(|(path, _)| path));
     }
     write.extend(addresses.iter().filter_map(|address| match address {

@@ -1,32 +1,34 @@
-//! Files that the host serves itself, without the app.
+//! Files that the host serves itself, without the app: out of a directory, or
+//! out of the app's own layer.
 //!
-//! Files are opened relative to the directory's own handle by cap-std, which
+//! Those of a directory are opened relative to its own handle by cap-std, which
 //! follows no link out of it, whoever may write there.
 
 use std::ffi::OsStr;
-use std::io::{self, Read as _, Seek as _};
+use std::fs::File;
+use std::io;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll, ready};
+use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use cap_std::ambient_authority;
 use cap_std::fs::{Dir, OpenOptions, OpenOptionsExt as _};
 use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
 use http::{HeaderMap, Method, Response, StatusCode};
-use http_body::Frame;
-use tokio::io::{AsyncRead as _, ReadBuf};
 
 use crate::compress::Accepted;
 use crate::error::UserError;
 use crate::failure::Failure;
+use crate::file_part::FilePart;
+use crate::files::image::Image;
 
-/// Bytes read at a time. A file of up to this size is read when it is opened.
-const PIECE: usize = 64 << 10;
+/// A file of up to this size is read when it is opened.
+const SMALL: u64 = 64 << 10;
 /// `O_NONBLOCK`: to open a pipe must not wait for its writer.
 const NONBLOCK: i32 = 0o4000;
 
@@ -34,7 +36,15 @@ const NONBLOCK: i32 = 0o4000;
 pub struct Mount {
     /// Begins with a slash and ends without one.
     prefix: String,
-    directory: Arc<Dir>,
+    source: Source,
+}
+
+/// Where files come from.
+#[derive(Clone)]
+enum Source {
+    Directory(Arc<Dir>),
+    /// A directory of a layer, and what names the layer's content.
+    Layer { image: Arc<Image>, directory: u32, digest: Arc<str> },
 }
 
 impl Mount {
@@ -45,49 +55,96 @@ impl Mount {
     /// A [`UserError`] if it is not of that form, or the directory can not be
     /// opened.
     pub fn parse(text: &str) -> Result<Mount, UserError> {
-        let refuse = |reason: &dyn std::fmt::Display| {
-            UserError::new(format!("can not serve static files by `{text}`: {reason}"))
-                .remedy("write the URL path and the directory, as in `--static /static=public`")
-        };
-        let (prefix, path) = text.split_once('=').ok_or_else(|| refuse(&"there is no `=`"))?;
-        if !prefix.starts_with('/') || prefix.contains("//") {
-            return Err(refuse(&"the URL path does not begin with one `/`"));
-        }
-        let directory = Dir::open_ambient_dir(path, ambient_authority()).map_err(|error| refuse(&error))?;
-        Ok(Mount { prefix: prefix.trim_end_matches('/').into(), directory: Arc::new(directory) })
+        let (prefix, directory) = split(text)?;
+        Mount::directory(prefix, Path::new(directory)).map_err(|reason| refuse(text, &reason))
     }
 
-    /// Whether a request's path lies under this one.
-    pub fn holds(&self, path: &str) -> bool {
-        path.strip_prefix(&*self.prefix).is_some_and(|rest| rest.starts_with('/'))
+    /// The files in the directory `path`, under `prefix`.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn directory(prefix: &str, path: &Path) -> Result<Mount, String> {
+        let prefix = checked_prefix(prefix)?;
+        let directory = Dir::open_ambient_dir(path, ambient_authority())
+            .map_err(|error| format!("can not open the directory `{}`: {error}", path.display()))?;
+        Ok(Mount { prefix: prefix.into(), source: Source::Directory(Arc::new(directory)) })
     }
+
+    /// The files in the directory `path` of a layer, under `prefix`. `digest`
+    /// tells the layer's content from that of all others.
+    ///
+    /// # Errors
+    ///
+    /// Why not.
+    pub fn layer(prefix: &str, image: &Arc<Image>, path: &str, digest: &Arc<str>) -> Result<Mount, String> {
+        let prefix = checked_prefix(prefix)?;
+        let directory = image.look_up(Image::ROOT, path).ok().filter(|found| image.is_directory(*found));
+        let directory = directory.ok_or_else(|| format!("the app has no directory `{path}`"))?;
+        let source = Source::Layer { image: Arc::clone(image), directory, digest: Arc::clone(digest) };
+        Ok(Mount { prefix: prefix.into(), source })
+    }
+
+    /// The rest of `path` if it lies under this mount.
+    pub fn below<'a>(&self, path: &'a str) -> Option<&'a str> {
+        path.strip_prefix(&*self.prefix)?.strip_prefix('/')
+    }
+}
+
+/// Takes `/URL=DIR` apart.
+///
+/// # Errors
+///
+/// A [`UserError`] if it is not of that form.
+pub fn split(text: &str) -> Result<(&str, &str), UserError> {
+    let (prefix, directory) = text.split_once('=').ok_or_else(|| refuse(text, &"there is no `=`"))?;
+    Ok((checked_prefix(prefix).map_err(|reason| refuse(text, &reason))?, directory))
+}
+
+/// `prefix` without a slash at its end.
+fn checked_prefix(prefix: &str) -> Result<&str, String> {
+    if !prefix.starts_with('/') || prefix.contains("//") {
+        return Err(format!("the URL path `{prefix}` does not begin with one `/`"));
+    }
+    Ok(prefix.trim_end_matches('/'))
+}
+
+fn refuse(text: &str, reason: &dyn std::fmt::Display) -> UserError {
+    UserError::new(format!("can not serve static files by `{text}`: {reason}"))
+        .remedy("write the URL path and the directory, as in `--static /static=public`")
 }
 
 /// A file that was opened, and the representation of it that was chosen.
 struct Opened {
-    file: std::fs::File,
+    file: File,
+    /// Where its content begins.
+    start: u64,
     size: u64,
-    modified: SystemTime,
+    /// When it was changed. Unknown for files of a layer: what a build packs
+    /// has no times, so that it does not differ by them.
+    modified: Option<SystemTime>,
+    /// What tells this content from another, but for the encoding.
+    tag: String,
     /// `Content-Encoding`.
     encoding: Option<&'static str>,
 }
 
-/// Answers a request for a file.
+/// Answers a request for the file `name` of a mount, as it is in the URL.
 ///
 /// # Errors
 ///
 /// The status to refuse it with.
-pub async fn respond(mount: &Mount, parts: &Parts) -> Result<Response<FileBody>, StatusCode> {
+pub async fn respond(mount: &Mount, name: &str, parts: &Parts) -> Result<Response<FileBody>, StatusCode> {
     if parts.method != Method::GET && parts.method != Method::HEAD {
         return Err(StatusCode::METHOD_NOT_ALLOWED);
     }
-    let path = file_path(&parts.uri.path()[mount.prefix.len() + 1..]).ok_or(StatusCode::NOT_FOUND)?;
+    let path = file_path(name).ok_or(StatusCode::NOT_FOUND)?;
     let accepted = Accepted::by(&parts.headers);
-    let directory = Arc::clone(&mount.directory);
+    let source = mount.source.clone();
     let (headers, is_head) = (parts.headers.clone(), parts.method == Method::HEAD);
     // Opening a file may wait for a disk.
     let response = tokio::task::spawn_blocking(move || {
-        let opened = open(&directory, &path, accepted)?;
+        let opened = source.open(&path, accepted)?;
         represent(opened, &path, &headers, is_head)
     });
     match response.await {
@@ -140,31 +197,49 @@ fn decode(text: &[u8]) -> Option<Vec<u8>> {
     Some(decoded)
 }
 
-/// Opens the file, or a sibling with its compressed content.
-fn open(directory: &Dir, path: &Path, accepted: Accepted) -> io::Result<Opened> {
-    let mut options = OpenOptions::new();
-    options.read(true).custom_flags(NONBLOCK);
-    let open = |path: &Path, encoding| -> io::Result<Opened> {
-        let file = directory.open_with(path, &options)?.into_std();
-        let metadata = file.metadata()?;
-        if !metadata.is_file() {
-            return Err(io::ErrorKind::NotFound.into());
+impl Source {
+    /// Opens the file, or a sibling with its compressed content.
+    fn open(&self, path: &Path, accepted: Accepted) -> io::Result<Opened> {
+        let plain = self.open_one(path)?;
+        for (encoding, suffix) in accepted.in_order() {
+            let mut name = path.as_os_str().to_owned();
+            name.push(suffix);
+            // One that is older than its source was made of another.
+            if let Ok(found) = self.open_one(Path::new(&name))
+                && found.modified >= plain.modified
+            {
+                return Ok(Opened { encoding: Some(encoding), ..found });
+            }
         }
-        let modified = metadata.modified().unwrap_or(UNIX_EPOCH);
-        Ok(Opened { file, size: metadata.len(), modified, encoding })
-    };
-    let plain = open(path, None)?;
-    for (encoding, suffix) in accepted.in_order() {
-        let mut name = path.as_os_str().to_owned();
-        name.push(suffix);
-        // One that is older than its source was made of another.
-        if let Ok(found) = open(Path::new(&name), Some(encoding))
-            && found.modified >= plain.modified
-        {
-            return Ok(found);
+        Ok(plain)
+    }
+
+    fn open_one(&self, path: &Path) -> io::Result<Opened> {
+        match self {
+            Source::Directory(directory) => {
+                let mut options = OpenOptions::new();
+                options.read(true).custom_flags(NONBLOCK);
+                let file = directory.open_with(path, &options)?.into_std();
+                let metadata = file.metadata()?;
+                if !metadata.is_file() {
+                    return Err(io::ErrorKind::NotFound.into());
+                }
+                let (size, modified) = (metadata.len(), metadata.modified().unwrap_or(UNIX_EPOCH));
+                let since = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+                let tag = format!("{size:x}-{:x}", since.as_nanos());
+                Ok(Opened { file, start: 0, size, modified: Some(modified), tag, encoding: None })
+            }
+            Source::Layer { image, directory, digest } => {
+                let absent = |_| io::Error::from(io::ErrorKind::NotFound);
+                let path = path.to_str().ok_or(io::ErrorKind::NotFound)?;
+                let node = image.look_up(*directory, path).map_err(absent)?;
+                let (file, start, _) = image.place(node, 0, 0).map_err(absent)?;
+                let tag = format!("{}-{start:x}", digest.get(..16).unwrap_or(digest));
+                let size = image.stat(node).size;
+                Ok(Opened { file: file.try_clone()?, start, size, modified: None, tag, encoding: None })
+            }
         }
     }
-    Ok(plain)
 }
 
 /// Makes the response, after the conditions of the request in the order of
@@ -175,23 +250,28 @@ fn represent(
     headers: &HeaderMap,
     is_head: bool,
 ) -> io::Result<Response<FileBody>> {
-    let since = opened.modified.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let tag = format!("\"{:x}-{:x}{}\"", opened.size, since.as_nanos(), opened.encoding.unwrap_or_default());
+    let tag = format!("\"{}{}\"", opened.tag, opened.encoding.unwrap_or_default());
     // Dates of HTTP have no fractions.
-    let modified = UNIX_EPOCH + Duration::from_secs(since.as_secs());
+    let modified = opened.modified.map(|modified| {
+        let since = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
+        UNIX_EPOCH + Duration::from_secs(since.as_secs())
+    });
 
     let mut response = Response::new(FileBody::Whole(Bytes::new()));
     let fields = response.headers_mut();
     insert(fields, header::ETAG, &tag);
-    insert(fields, header::LAST_MODIFIED, &httpdate::fmt_http_date(modified));
+    if let Some(modified) = modified {
+        insert(fields, header::LAST_MODIFIED, &httpdate::fmt_http_date(modified));
+    }
     fields.insert(header::VARY, HeaderValue::from_static("accept-encoding"));
     fields.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
 
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
-    let date = |name| text(name).and_then(|value| httpdate::parse_http_date(value).ok());
+    // Both dates, if the request has one and the file has one.
+    let dates = |name| Some((httpdate::parse_http_date(text(name)?).ok()?, modified?));
     let failed = match text(header::IF_MATCH) {
         Some(tags) => !names(tags, &tag, true),
-        None => date(header::IF_UNMODIFIED_SINCE).is_some_and(|date| modified > date),
+        None => dates(header::IF_UNMODIFIED_SINCE).is_some_and(|(asked, modified)| modified > asked),
     };
     if failed {
         *response.status_mut() = StatusCode::PRECONDITION_FAILED;
@@ -199,7 +279,7 @@ fn represent(
     }
     let is_known = match text(header::IF_NONE_MATCH) {
         Some(tags) => names(tags, &tag, false),
-        None => date(header::IF_MODIFIED_SINCE).is_some_and(|date| modified <= date),
+        None => dates(header::IF_MODIFIED_SINCE).is_some_and(|(asked, modified)| modified <= asked),
     };
     if is_known {
         *response.status_mut() = StatusCode::NOT_MODIFIED;
@@ -207,7 +287,7 @@ fn represent(
     }
 
     let is_fresh = text(header::IF_RANGE).is_none_or(|condition| {
-        condition == tag || httpdate::parse_http_date(condition).is_ok_and(|date| date == modified)
+        condition == tag || httpdate::parse_http_date(condition).is_ok_and(|date| Some(date) == modified)
     });
     let range = text(header::RANGE).filter(|_| is_fresh && !is_head);
     let (start, length) = match range.map_or(Wanted::Whole, |range| wanted(range, opened.size)) {
@@ -234,7 +314,7 @@ fn represent(
         fields.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding));
     }
     if !is_head {
-        *response.body_mut() = FileBody::of(opened.file, start, length)?;
+        *response.body_mut() = FileBody::of(opened, start, length)?;
     }
     Ok(response)
 }
@@ -301,58 +381,40 @@ pub enum FileBody {
     /// All of them, until they are taken.
     Whole(Bytes),
     /// What is still to be read.
-    Rest(tokio::fs::File, u64),
+    Rest(FilePart),
 }
 
 impl FileBody {
-    fn of(mut file: std::fs::File, start: u64, length: u64) -> io::Result<FileBody> {
-        if start > 0 {
-            file.seek(io::SeekFrom::Start(start))?;
+    fn of(opened: Opened, first: u64, length: u64) -> io::Result<FileBody> {
+        if length <= SMALL {
+            let mut whole = vec![0; usize::try_from(length).unwrap_or_default()];
+            opened.file.read_exact_at(&mut whole, opened.start + first)?;
+            return Ok(FileBody::Whole(whole.into()));
         }
-        if length > PIECE as u64 {
-            let mut file = tokio::fs::File::from_std(file);
-            file.set_max_buf_size(PIECE);
-            return Ok(FileBody::Rest(file, length));
-        }
-        let mut whole = vec![0; usize::try_from(length).unwrap_or_default()];
-        file.read_exact(&mut whole)?;
-        Ok(FileBody::Whole(whole.into()))
+        let part = FilePart::new(opened.file, opened.start, opened.size, first, length);
+        // The range was found to lie within the file.
+        part.map(FileBody::Rest).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
     /// Bytes still to come.
     pub fn length(&self) -> u64 {
         match self {
             FileBody::Whole(bytes) => bytes.len() as u64,
-            FileBody::Rest(_, length) => *length,
+            FileBody::Rest(part) => part.left(),
         }
     }
 
-    /// Whether there is nothing to come.
-    pub fn is_end(&self) -> bool {
-        self.length() == 0
-    }
-
     /// The next piece.
-    pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
-        let (file, left) = match self {
+    pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Failure>>> {
+        match self {
             FileBody::Whole(bytes) => {
                 let bytes = std::mem::take(bytes);
-                return Poll::Ready((!bytes.is_empty()).then(|| Ok(Frame::data(bytes))));
+                Poll::Ready((!bytes.is_empty()).then_some(Ok(bytes)))
             }
-            FileBody::Rest(_, 0) => return Poll::Ready(None),
-            FileBody::Rest(file, left) => (file, left),
-        };
-        let mut piece = BytesMut::zeroed(PIECE.min(usize::try_from(*left).unwrap_or(PIECE)));
-        let mut buffer = ReadBuf::new(&mut piece);
-        let read = ready!(Pin::new(file).poll_read(context, &mut buffer)).map(|()| buffer.filled().len());
-        match read {
-            Ok(read @ 1..) => {
-                piece.truncate(read);
-                *left -= read as u64;
-                Poll::Ready(Some(Ok(Frame::data(piece.freeze()))))
-            }
-            // It has become shorter: the client must not take it for whole.
-            _ => Poll::Ready(Some(Err(Failure::BadResponse("a static file ended early")))),
+            FileBody::Rest(part) => part.poll_next(context).map(|block| {
+                // It has become shorter: the client must not take it for whole.
+                Some(block?.map_err(|_| Failure::BadResponse("a static file ended early")))
+            }),
         }
     }
 }

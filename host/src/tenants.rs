@@ -30,6 +30,7 @@ use crate::handler::{self, App, RequestLimits};
 use crate::pool::{Pool, PoolSettings, Pools};
 use crate::request_id::RequestId;
 use crate::scheduler::{Scheduler, Share, processors};
+use crate::static_files;
 
 /// Failures that are kept for `ctl errors`.
 const KEPT_ERRORS: usize = 50;
@@ -83,6 +84,8 @@ pub struct Tenant {
     pub config: TenantConfig,
     /// Its instances and limits.
     pub app: Arc<App>,
+    /// Directories whose files are served without the app, below its path.
+    mounts: Vec<static_files::Mount>,
     share: Arc<Share>,
     /// The app's file when it was loaded.
     stamp: Stamp,
@@ -148,7 +151,7 @@ impl Tenant {
         let share = Share::new(config.weight, config.limits.cpu_per_minute);
         let stamp = stamp(&config.app);
         let footprint = Footprint::new(config.limits.total_memory);
-        let (program, grants) =
+        let app::Loaded { program, grants, mounts } =
             app::load_artifact(shared, &config, Arc::clone(&share), Arc::clone(&footprint))?;
         let settings = PoolSettings {
             instances: config.instances.max,
@@ -172,6 +175,7 @@ impl Tenant {
         Ok(Tenant {
             rate: config.limits.requests_per_second.map(RateLimit::new),
             app,
+            mounts,
             share,
             stamp,
             loaded_at: SystemTime::now(),
@@ -223,6 +227,15 @@ impl Tenant {
         }
         self.record.requests.fetch_add(1, Ordering::Relaxed);
         Ok(())
+    }
+
+    /// The mount that has the file at a request's `path`, and the file's name there.
+    pub fn static_file<'a>(&self, path: &'a str) -> Option<(&static_files::Mount, &'a str)> {
+        if self.mounts.is_empty() {
+            return None;
+        }
+        let path = path_info(path, &self.config.path)?;
+        self.mounts.iter().find_map(|mount| Some((mount, mount.below(path)?)))
     }
 
     /// Notes how a request ended.

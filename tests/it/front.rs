@@ -258,6 +258,33 @@ fn static_files_are_served_without_the_app() {
 }
 
 #[test]
+fn an_app_brings_static_files_that_are_served_without_it() {
+    let numbers = std::fs::read(crate::harness::guest_sources("flask").join("static/numbers.txt")).unwrap();
+    let server = Server::start("flask", &[]);
+    let found = server.get("/assets/numbers.txt");
+    assert_eq!(found.header("content-type"), Some("text/plain; charset=utf-8"));
+    // What a build packs has no time.
+    assert_eq!(found.header("last-modified"), None);
+    let tag = found.header("etag").unwrap().to_owned();
+    assert!(found.body == numbers && !found.cut);
+    let ask = |headers: &[(&str, &str)]| server.request("GET", "/assets/numbers.txt", headers, b"");
+    assert_eq!(ask(&[("If-None-Match", &tag)]).status, 304);
+    let since = "Fri, 31 Dec 2100 23:59:59 GMT";
+    assert_eq!(ask(&[("If-Modified-Since", since)]).status, 200);
+    let part = ask(&[("Range", "bytes=100-199"), ("If-Range", &tag)]);
+    assert_eq!((part.status, &part.body[..]), (206, &numbers[100..200]));
+    assert_ne!(server.get("/pages/base.html").header("etag").unwrap(), tag);
+    for path in ["/assets/none", "/assets/", "/assets/../app.py", "/assets/%2e%2e/app.py", "/assets/..%2fapp.py"] {
+        let response = server.get(path);
+        assert_eq!(response.status, 404, "{path}");
+        assert!(response.text().starts_with("404 Not Found\nrequest "), "{path}: {}", response.text());
+    }
+    server.finish();
+    let described = run(wsgi_wasm().arg("inspect").arg(guest("flask"))).success().stdout;
+    assert!(described.contains("static       /assets from static\n"), "{described}");
+}
+
+#[test]
 fn responses_are_compressed_where_they_may_be() {
     let server = Server::start("behaviours", &["--compress"]);
     let mut connection = server.connect();

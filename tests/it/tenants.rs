@@ -100,6 +100,27 @@ fn requests_go_to_the_tenant_of_their_host_and_path() {
 }
 
 #[test]
+fn static_files_of_a_tenant_are_below_its_path() {
+    let files = tempfile::tempdir().unwrap();
+    fs::write(files.path().join("a.css"), "body {}").unwrap();
+    let mount = format!("static = {{ \"/assets\" = \"{}\" }}", files.path().display());
+    let platform = Platform::start(&TWO.replace("path = \"/shop\"", &format!("path = \"/shop\"\n{mount}")));
+    let found = platform.get("one.example", "/shop/assets/a.css");
+    assert_eq!(found.header("content-type"), Some("text/css; charset=utf-8"));
+    assert_eq!(found.ok(), "body {}");
+    assert_eq!(platform.get("one.example", "/sh%6fp/assets/a.css").ok(), "body {}");
+    let absent = platform.get("one.example", "/shop/assets/b.css");
+    assert!(absent.status == 404 && absent.text().contains("request "), "{}", absent.text());
+    // Nobody else's.
+    for (host, path) in [("one.example", "/assets/a.css"), ("two.example", "/shop/assets/a.css")] {
+        assert_eq!(platform.get(host, path).text(), "no such route");
+    }
+    platform.ctl(&["suspend", "shop"]).success();
+    assert_eq!(platform.get("one.example", "/shop/assets/a.css").status, 503);
+    platform.server.finish();
+}
+
+#[test]
 fn limits_are_each_tenants_own() {
     let platform = Platform::start(
         r#"
