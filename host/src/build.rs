@@ -75,13 +75,8 @@ pub fn run(args: &BuildArgs) -> Result<()> {
         let (prefix, path) = static_files::split(text)?;
         static_files.insert(prefix.to_owned(), path.trim_end_matches('/').to_owned());
     }
-    let options = BuildOptions {
-        application,
-        directory,
-        project: &args.project,
-        environment: &args.env,
-        static_files,
-    };
+    let options =
+        BuildOptions { application, directory, project: &args.project, environment: &args.env, static_files };
     let built = build(&cache, &options, &progress)?;
     write_output(&built, &args.output)?;
     let size = fs::metadata(&args.output).map_or(0, |metadata| metadata.len());

@@ -28,7 +28,8 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
     let shared = Shared::new(engine, cache, args.grants.code, Duration::MAX, 0);
-    let (program, grants) = app::load_artifact(&shared, &config, Share::new(1, None), Footprint::new(None))?;
+    let app::Loaded { program, grants, .. } =
+        app::load_artifact(&shared, &config, Share::new(1, None), Footprint::new(None))?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

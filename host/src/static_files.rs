@@ -44,7 +44,11 @@ pub struct Mount {
 enum Source {
     Directory(Arc<Dir>),
     /// A directory of a layer, and what names the layer's content.
-    Layer { image: Arc<Image>, directory: u32, digest: Arc<str> },
+    Layer {
+        image: Arc<Image>,
+        directory: u32,
+        digest: Arc<str>,
+    },
 }
 
 impl Mount {

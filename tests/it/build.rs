@@ -39,9 +39,11 @@ fn an_app_that_does_not_import_shows_its_traceback() {
     build(&[("app.py", "def aplication(e, s): pass\n")], &["app:application"])
         .1
         .refused(&["no attribute `application`", "did you mean `aplication`?"]);
-    build(&[("app.py", "def app(e, s): pass\n")], &["app", "--static", "/static=public"])
-        .1
-        .refused(&["`/static`", "no directory `public`", "help:"]);
+    build(&[("app.py", "def app(e, s): pass\n")], &["app", "--static", "/static=public"]).1.refused(&[
+        "`/static`",
+        "no directory `public`",
+        "help:",
+    ]);
     build(&[("app.py", "app = 42\n")], &["app"]).1.refused(&["its `app` is not callable but int"]);
     build(&[("app.py", "import socket\nsocket.create_connection(('127.0.0.1', 1))\n")], &["app"])
         .1

@@ -274,7 +274,9 @@ fn an_app_brings_static_files_that_are_served_without_it() {
     let part = ask(&[("Range", "bytes=100-199"), ("If-Range", &tag)]);
     assert_eq!((part.status, &part.body[..]), (206, &numbers[100..200]));
     assert_ne!(server.get("/pages/base.html").header("etag").unwrap(), tag);
-    for path in ["/assets/none", "/assets/", "/assets/../app.py", "/assets/%2e%2e/app.py", "/assets/..%2fapp.py"] {
+    for path in
+        ["/assets/none", "/assets/", "/assets/../app.py", "/assets/%2e%2e/app.py", "/assets/..%2fapp.py"]
+    {
         let response = server.get(path);
         assert_eq!(response.status, 404, "{path}");
         assert!(response.text().starts_with("404 Not Found\nrequest "), "{path}: {}", response.text());
