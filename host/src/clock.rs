@@ -6,7 +6,9 @@
 //!
 //! The deadline runs only while the guest is at work: waiting for a slow
 //! client has its own limit, so that a large download over a slow line is not
-//! cut. Processor time is the time spent in polls of the guest's future.
+//! cut. Processor time is what the kernel counts for the thread while it polls
+//! the guest's future: on a busy machine it is much less than the time that
+//! passes, and a tenant must not pay for what others do.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -14,6 +16,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::Poll;
 use std::time::{Duration, Instant};
+
+use rustix::time::{ClockId, clock_gettime};
 
 /// The clock of one guest. Clones are the same clock.
 #[derive(Clone, Debug)]
@@ -29,7 +33,8 @@ struct Shared {
     cpu_limit: AtomicU64,
     /// Processor time of the request, without the poll that is under way.
     cpu_used: AtomicU64,
-    /// When the poll that is under way started, or [`NEVER`].
+    /// The thread's own processor time when it began the poll that is under
+    /// way, or [`NEVER`]. Read in that poll only.
     polled_at: AtomicU64,
     /// How long before each limit the guest should stop by itself.
     margin: AtomicU64,
@@ -41,6 +46,9 @@ struct Shared {
 /// No deadline: between requests, while the client is awaited, or for a
 /// command without a limit.
 const NEVER: u64 = u64::MAX;
+
+/// Microseconds within which the time that passed stands for processor time.
+const SHORT: u64 = 200;
 
 /// A limit was reached.
 #[derive(Clone, Copy, Debug)]
@@ -114,7 +122,7 @@ impl Clock {
     /// Processor time in microseconds since [`Clock::start`].
     pub fn cpu_used(&self) -> u64 {
         let polled_at = self.0.polled_at.load(Ordering::Relaxed);
-        let running = if polled_at == NEVER { 0 } else { self.now().saturating_sub(polled_at) };
+        let running = if polled_at == NEVER { 0 } else { thread_time().saturating_sub(polled_at) };
         self.0.cpu_used.load(Ordering::Relaxed) + running
     }
 
@@ -129,8 +137,8 @@ impl Clock {
         Pause { clock: self, since: self.now(), deadline: self.0.deadline.swap(NEVER, Ordering::Relaxed) }
     }
 
-    /// Runs `work` until it is done or its time is up. Calls `suspended` each
-    /// time that it stops computing.
+    /// Runs `work` until it is done or its time is up. Calls `computes` with
+    /// true each time before it computes, and with false each time after that.
     ///
     /// # Errors
     ///
@@ -138,18 +146,23 @@ impl Clock {
     pub async fn enforce<T>(
         &self,
         work: impl Future<Output = T>,
-        suspended: impl Fn(),
+        computes: impl Fn(bool),
     ) -> Result<T, Elapsed> {
         let mut work = pin!(work);
         // Most requests are done at the first poll and need no timer.
         let mut timer: Option<(u64, std::pin::Pin<Box<tokio::time::Sleep>>)> = None;
         poll_fn(|context| {
-            let started = self.now();
+            computes(true);
+            let (started, since) = (thread_time(), self.now());
             self.0.polled_at.store(started, Ordering::Relaxed);
             let polled = work.as_mut().poll(context);
             self.0.polled_at.store(NEVER, Ordering::Relaxed);
-            self.0.cpu_used.fetch_add(self.now() - started, Ordering::Relaxed);
-            suspended();
+            // The thread's time costs a system call. In so little time that
+            // passed, it can not be much less.
+            let passed = self.now() - since;
+            let used = if passed < SHORT { passed } else { thread_time().saturating_sub(started) };
+            self.0.cpu_used.fetch_add(used, Ordering::Relaxed);
+            computes(false);
             if let Poll::Ready(done) = polled {
                 return Poll::Ready(Ok(done));
             }
@@ -199,6 +212,13 @@ fn margin(limit: Duration) -> u64 {
     microseconds((limit / 10).min(Duration::from_secs(1)))
 }
 
+/// Processor time of this thread in microseconds.
+fn thread_time() -> u64 {
+    let time = clock_gettime(ClockId::ThreadCPUTime);
+    // Neither is negative.
+    time.tv_sec.unsigned_abs() * 1_000_000 + time.tv_nsec.unsigned_abs() / 1000
+}
+
 fn microseconds(duration: Duration) -> u64 {
     u64::try_from(duration.as_micros()).unwrap_or(NEVER - 1)
 }
@@ -216,7 +236,7 @@ mod tests {
         block_on(async {
             let clock = Clock::new();
             clock.start(Some(Duration::from_millis(5)), None);
-            assert!(clock.enforce(std::future::pending::<()>(), || ()).await.is_err());
+            assert!(clock.enforce(std::future::pending::<()>(), |_| ()).await.is_err());
             assert!(clock.passed());
         });
     }
@@ -235,7 +255,7 @@ mod tests {
                         drop(pause);
                         7
                     },
-                    || (),
+                    |_| (),
                 )
                 .await;
             assert_eq!(done.unwrap(), 7);
@@ -254,7 +274,7 @@ mod tests {
                         clock.start(Some(Duration::from_millis(5)), None);
                         std::future::pending::<()>().await;
                     },
-                    || (),
+                    |_| (),
                 )
                 .await;
             assert!(stopped.is_err());
@@ -290,7 +310,7 @@ mod tests {
                         while start.elapsed() < Duration::from_millis(25) {}
                         assert!(clock.passed());
                     },
-                    || (),
+                    |_| (),
                 )
                 .await;
             assert!(done.is_ok());

@@ -22,7 +22,7 @@ use crate::guest_log::{GuestLog, LineBudget, Printable};
 use crate::key_derivation::{self, Derivations, Derived, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
 use crate::request_id::RequestId;
-use crate::scheduler::{Scheduler, Share, Slot};
+use crate::scheduler::{self, Scheduler, Share, Slot};
 
 mod bindings {
     //! The WIT contract as Rust types and traits.
@@ -192,9 +192,9 @@ impl Instance {
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(on_epoch);
         // A component may run code of its own here.
-        let (clock, slot) = (store.data().clock.clone(), Arc::clone(&store.data().turn.slot));
+        let (clock, computes) = (store.data().clock.clone(), store.data().turn.follow());
         clock.start(Some(START_TIMEOUT), None);
-        let started = clock.enforce(program.linked.instantiate_async(&mut store), || put(&slot, None)).await;
+        let started = clock.enforce(program.linked.instantiate_async(&mut store), computes).await;
         clock.start(None, None);
         store.data_mut().turn.charge(&clock);
         match started {
@@ -225,9 +225,9 @@ impl Instance {
         let state = self.store.data_mut();
         state.log.begin(request);
         state.exchange = Some(exchange);
-        let (clock, slot) = (state.clock.clone(), Arc::clone(&state.turn.slot));
+        let (clock, computes) = (state.clock.clone(), state.turn.follow());
         if state.turn.scheduler.is_ahead(&state.turn.share) {
-            put(&slot, Some(state.turn.wait().await));
+            put(&state.turn.slot, Some(state.turn.wait().await));
         }
         let state = self.store.data_mut();
         state.turn.charged = 0;
@@ -235,7 +235,7 @@ impl Instance {
         self.store.set_epoch_deadline(1);
         let handler = self.guest.wsgi_wasm_gateway_handler();
         let call = handler.call_handle(&mut self.store, environ, body);
-        let outcome = clock.enforce(call, || put(&slot, None)).await;
+        let outcome = clock.enforce(call, computes).await;
         let state = self.store.data_mut();
         state.turn.charge(&clock);
         let outcome = match outcome {
@@ -283,9 +283,9 @@ impl Instance {
         clock.start(limit, None);
         self.store.set_epoch_deadline(1);
         let command = self.guest.wsgi_wasm_gateway_command();
-        let slot = Arc::clone(&self.store.data().turn.slot);
+        let computes = self.store.data().turn.follow();
         let run = command.call_run(&mut self.store, arguments);
-        let status = clock.enforce(run, || put(&slot, None)).await.map_err(wasmtime::Error::from)?;
+        let status = clock.enforce(run, computes).await.map_err(wasmtime::Error::from)?;
         match status {
             // It did what it was told.
             Ok(1..) if clock.was_told() => Err(Elapsed.into()),
@@ -320,15 +320,9 @@ fn on_epoch(mut store: StoreContextMut<'_, HostState>) -> wasmtime::Result<Updat
         return Err(Elapsed.into());
     }
     state.turn.charge(&state.clock);
+    // In line for the next slot before this one is given up.
     let (slot, turn) = (Arc::clone(&state.turn.slot), state.turn.wait());
-    Ok(UpdateDeadline::YieldCustom(
-        1,
-        Box::pin(async move {
-            // Other tasks of this thread first, also if there is a free slot.
-            tokio::task::yield_now().await;
-            put(&slot, Some(turn.await));
-        }),
-    ))
+    Ok(UpdateDeadline::YieldCustom(1, Box::pin(async move { put(&slot, Some(turn.await)) })))
 }
 
 /// A guest's place in the queue for the processors.
@@ -351,9 +345,21 @@ impl Turn {
         self.charged = used;
     }
 
-    /// Waits for the tenant's turn.
-    fn wait(&self) -> impl Future<Output = Slot> + Send + use<> {
-        Arc::clone(&self.scheduler).turn(Arc::clone(&self.share))
+    /// Gets in line for the tenant's turn.
+    fn wait(&self) -> scheduler::Turn {
+        self.scheduler.turn(&self.share)
+    }
+
+    /// What [`Clock::enforce`] calls: counts the guest while it computes, and
+    /// gives its slot back each time that it stops.
+    fn follow(&self) -> impl Fn(bool) + use<> {
+        let (scheduler, slot) = (Arc::clone(&self.scheduler), Arc::clone(&self.slot));
+        move |starts| {
+            scheduler.computes(starts);
+            if !starts {
+                put(&slot, None);
+            }
+        }
     }
 }
 

@@ -175,7 +175,7 @@ fn check_length(length: u32) -> Result<(), Refusal> {
 async fn run(app: &Derivations, length: u32, derive: impl FnOnce(&mut [u8]) + Send + 'static) -> Derived {
     let failed = || Refusal::TooExpensive("the host could not run the derivation".into());
     let place = Arc::clone(&app.places).acquire_owned().await.map_err(|_| failed())?;
-    let slot = Arc::clone(&TURNS).turn(Arc::clone(&app.share)).await;
+    let slot = TURNS.turn(&app.share).await;
     let share = Arc::clone(&app.share);
     let derived = tokio::task::spawn_blocking(move || {
         // Held by the work, not by the request: that may be gone before.

@@ -1,17 +1,20 @@
 //! Who may compute when all processors are busy.
 //!
-//! A request that is done within one tick of the epoch never comes here. One
-//! that computes for longer needs a [`Slot`] for each further tick. There are
-//! as many slots as processors, and when more want one than there are, the
-//! tenant that has had the least processor time for its weight goes first. So
-//! a tenant's share does not depend on how many requests it has open.
+//! A request that is done within one tick of the epoch starts at once, as long
+//! as its tenant has not had more than others. One that computes for longer
+//! needs a [`Slot`] for each further tick. There are as many slots as
+//! processors, and when more want one than there are, the tenant that has had
+//! the least processor time for its weight goes first. So a tenant's share does
+//! not depend on how many requests it has open.
 //!
 //! The runtime has more threads than there are slots: a new, short request
 //! finds a free thread at once, and the kernel gives that one precedence over
 //! those that compute.
 
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use tokio::sync::oneshot;
@@ -19,6 +22,11 @@ use tokio::sync::oneshot;
 /// Processor time, scaled, that a tenant may be ahead of the others before its
 /// new requests wait for a slot too.
 const HEAD_START: u64 = 50_000;
+
+/// Processor time, scaled, that a tenant may be behind the others and still be
+/// owed. One that has fewer requests at work than its share allows can not use
+/// it all, and must not save it up for later.
+const CREDIT: u64 = 20_000_000;
 
 /// How much slower a tenant without budget goes.
 const PENALTY: u64 = 10;
@@ -32,6 +40,9 @@ pub struct Share {
     virtual_time: AtomicU64,
     /// Processor time in microseconds, ever.
     used: AtomicU64,
+    /// Slots that its requests have or wait for. Changed under the scheduler's
+    /// lock.
+    active: AtomicUsize,
     budget: Option<Budget>,
 }
 
@@ -65,6 +76,7 @@ impl Share {
             weight: u64::from(weight.max(1)),
             virtual_time: AtomicU64::new(0),
             used: AtomicU64::new(0),
+            active: AtomicUsize::new(0),
             budget,
         })
     }
@@ -83,6 +95,11 @@ impl Share {
             }
         }
         self.virtual_time.fetch_add(scaled, Ordering::Relaxed);
+    }
+
+    /// Raises the virtual time to at least `time`, and returns it.
+    fn rise_to(&self, time: u64) -> u64 {
+        self.virtual_time.fetch_max(time, Ordering::Relaxed).max(time)
     }
 
     /// Processor time used, ever.
@@ -128,6 +145,9 @@ impl Budget {
 #[derive(Debug)]
 pub struct Scheduler {
     state: Mutex<State>,
+    slots: usize,
+    /// Guests that compute at this moment, with a slot or in their first tick.
+    computing: AtomicUsize,
     /// Whether anyone waits: what most requests ask, without the lock.
     contended: AtomicBool,
 }
@@ -136,14 +156,46 @@ pub struct Scheduler {
 struct State {
     free: usize,
     waiting: Vec<(Arc<Share>, oneshot::Sender<Slot>)>,
-    /// Virtual time of the tenant that went last. One that comes back after a
-    /// rest starts here: idle time can not be saved up.
+    /// The most virtual time that any tenant had when it got a slot. One that
+    /// comes back after a rest starts here: idle time can not be saved up.
     floor: u64,
 }
 
 /// The right to compute for one tick. Goes to the next in line when dropped.
 #[derive(Debug)]
-pub struct Slot(Option<Arc<Scheduler>>);
+pub struct Slot(Option<(Arc<Scheduler>, Arc<Share>)>);
+
+/// A place in the line for a slot, from [`Scheduler::turn`].
+#[derive(Debug)]
+pub struct Turn(Place);
+
+#[derive(Debug)]
+enum Place {
+    /// One was free. Taken at the second poll, so that other tasks of the
+    /// thread come first.
+    Free(Slot, bool),
+    Waiting(oneshot::Receiver<Slot>),
+}
+
+impl Future for Turn {
+    type Output = Slot;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Slot> {
+        match &mut self.0 {
+            Place::Free(slot, true) => Poll::Ready(Slot(slot.0.take())),
+            Place::Free(_, is_polled) => {
+                *is_polled = true;
+                // Behind the tasks that are ready now. tokio's own yield waits
+                // until the thread next looks for events, which can be long
+                // after, with the slot unused.
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+            // The sender is dropped only with the scheduler.
+            Place::Waiting(slot) => Pin::new(slot).poll(context).map(|slot| slot.unwrap_or(Slot(None))),
+        }
+    }
+}
 
 impl Scheduler {
     /// A scheduler for this machine's processors.
@@ -154,46 +206,60 @@ impl Scheduler {
     fn with_slots(slots: usize) -> Arc<Scheduler> {
         Arc::new(Scheduler {
             state: Mutex::new(State { free: slots, waiting: Vec::new(), floor: 0 }),
+            slots,
+            computing: AtomicUsize::new(0),
             contended: AtomicBool::new(false),
         })
     }
 
-    /// Waits for the turn of `share`.
-    pub async fn turn(self: Arc<Self>, share: Arc<Share>) -> Slot {
-        let receiver = {
-            let mut state = self.lock();
-            share.virtual_time.fetch_max(state.floor, Ordering::Relaxed);
-            if state.free > 0 {
-                state.free -= 1;
-                return Slot(Some(Arc::clone(&self)));
-            }
-            let (sender, receiver) = oneshot::channel();
-            state.waiting.push((share, sender));
-            self.contended.store(true, Ordering::Relaxed);
-            receiver
-        };
-        // The sender is dropped only with the scheduler, which we hold.
-        receiver.await.unwrap_or(Slot(None))
+    /// Gets in line for a slot. At once, and not when the result is first
+    /// polled: a request that has a slot and wants the next one must be in line
+    /// when it gives its own up, or it would be passed over by those that are.
+    pub fn turn(self: &Arc<Self>, share: &Arc<Share>) -> Turn {
+        let mut state = self.lock();
+        // One that had nothing at work has nothing to be owed.
+        let owed = if share.active.fetch_add(1, Ordering::Relaxed) == 0 { 0 } else { CREDIT };
+        let since = share.rise_to(state.floor.saturating_sub(owed));
+        if state.free > 0 {
+            state.free -= 1;
+            state.floor = state.floor.max(since);
+            return Turn(Place::Free(Slot(Some((Arc::clone(self), Arc::clone(share)))), false));
+        }
+        let (sender, receiver) = oneshot::channel();
+        state.waiting.push((Arc::clone(share), sender));
+        self.contended.store(true, Ordering::Relaxed);
+        Turn(Place::Waiting(receiver))
     }
 
-    /// Whether a new request of `share` should wait for its turn: the slots
-    /// are taken, and its tenant has had more than others.
+    /// Whether a new request of `share` should wait for its turn: the
+    /// processors are busy, and its tenant has had more than others.
     pub fn is_ahead(&self, share: &Share) -> bool {
-        if !self.contended.load(Ordering::Relaxed) {
+        let is_busy =
+            self.contended.load(Ordering::Relaxed) || self.computing.load(Ordering::Relaxed) >= self.slots;
+        if !is_busy {
             return false;
         }
         let state = self.lock();
-        !state.waiting.is_empty()
-            && share.virtual_time.load(Ordering::Relaxed) > state.floor.saturating_add(HEAD_START)
+        share.rise_to(state.floor.saturating_sub(CREDIT)) > state.floor.saturating_add(HEAD_START)
+    }
+
+    /// Counts a guest that computes, until it stops.
+    pub fn computes(&self, starts: bool) {
+        if starts {
+            self.computing.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.computing.fetch_sub(1, Ordering::Relaxed);
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives a slot that is free to the one who has had the least.
-    fn pass_on(self: &Arc<Self>) {
+    /// Gives the slot that `from` has done with to the one who has had the least.
+    fn pass_on(self: &Arc<Self>, from: &Share) {
         let mut state = self.lock();
+        from.active.fetch_sub(1, Ordering::Relaxed);
         loop {
             let next = state
                 .waiting
@@ -209,14 +275,21 @@ impl Scheduler {
             // In order of arrival within one tenant: `remove`, not `swap_remove`.
             let (share, sender) = state.waiting.remove(index);
             if sender.is_closed() {
+                share.active.fetch_sub(1, Ordering::Relaxed);
                 continue;
             }
-            state.floor = state.floor.max(share.virtual_time.load(Ordering::Relaxed));
-            match sender.send(Slot(Some(Arc::clone(self)))) {
-                Ok(()) => return,
+            let floor = state.floor.max(share.virtual_time.load(Ordering::Relaxed));
+            match sender.send(Slot(Some((Arc::clone(self), Arc::clone(&share))))) {
+                Ok(()) => {
+                    state.floor = floor;
+                    return;
+                }
                 // Its request was dropped just now. Its slot must not come
                 // back here while the lock is held.
-                Err(mut slot) => slot.0 = None,
+                Err(mut slot) => {
+                    slot.0 = None;
+                    share.active.fetch_sub(1, Ordering::Relaxed);
+                }
             }
         }
     }
@@ -224,8 +297,8 @@ impl Scheduler {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if let Some(scheduler) = self.0.take() {
-            scheduler.pass_on();
+        if let Some((scheduler, share)) = self.0.take() {
+            scheduler.pass_on(&share);
         }
     }
 }
@@ -243,10 +316,10 @@ mod tests {
         tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
     }
 
-    /// Lets tasks of `shares` compute in turns of one slot and returns how
-    /// many turns each share got of `turns`.
-    fn compete(shares: &[(Arc<Share>, usize)], turns: usize) -> Vec<u64> {
-        let scheduler = Scheduler::with_slots(1);
+    /// Lets tasks of `shares` compute in turns of so many slots, as requests do
+    /// that never end, and returns how many turns each share got of `turns`.
+    fn compete(slots: usize, shares: &[(Arc<Share>, usize)], turns: usize) -> Vec<u64> {
+        let scheduler = Scheduler::with_slots(slots);
         run(async {
             let left = std::rc::Rc::new(std::cell::Cell::new(turns));
             let local = tokio::task::LocalSet::new();
@@ -254,13 +327,15 @@ mod tests {
                 for _ in 0..*tasks {
                     let (share, scheduler, left) = (Arc::clone(share), Arc::clone(&scheduler), left.clone());
                     local.spawn_local(async move {
+                        let mut slot = scheduler.turn(&share).await;
                         while left.get() > 0 {
-                            let _slot = Arc::clone(&scheduler).turn(Arc::clone(&share)).await;
-                            if left.get() > 0 {
-                                left.set(left.get() - 1);
-                                share.charge(5000);
-                            }
+                            left.set(left.get() - 1);
+                            // The others have their turns meanwhile.
                             tokio::task::yield_now().await;
+                            share.charge(5000);
+                            let next = scheduler.turn(&share);
+                            drop(slot);
+                            slot = next.await;
                         }
                     });
                 }
@@ -273,15 +348,22 @@ mod tests {
     #[test]
     fn a_share_does_not_depend_on_the_number_of_requests() {
         let (one, many) = (Share::new(1, None), Share::new(1, None));
-        let turns = compete(&[(one, 1), (many, 20)], 1000);
+        let turns = compete(1, &[(one, 1), (many, 20)], 1000);
         assert!(turns[0].abs_diff(500) <= 20, "{turns:?}");
+        // One request can use one of two slots, and is to have that whole.
+        let (one, many) = (Share::new(1, None), Share::new(1, None));
+        let turns = compete(2, &[(one, 1), (many, 20)], 1000);
+        assert!(turns[0].abs_diff(500) <= 50, "{turns:?}");
     }
 
     #[test]
     fn a_share_follows_its_weight() {
         let (light, heavy) = (Share::new(1, None), Share::new(3, None));
-        let turns = compete(&[(light, 5), (heavy, 5)], 1000);
+        let turns = compete(1, &[(light, 5), (heavy, 5)], 1000);
         assert!(turns[0].abs_diff(250) <= 20, "{turns:?}");
+        let (light, heavy) = (Share::new(1, None), Share::new(10, None));
+        let turns = compete(2, &[(light, 14), (heavy, 2)], 1000);
+        assert!(turns[0].abs_diff(91) <= 30, "{turns:?}");
     }
 
     #[test]
@@ -289,7 +371,7 @@ mod tests {
         let share = Share::new(1, Some(Duration::from_millis(100)));
         let other = Share::new(1, None);
         assert_eq!(share.exhausted(), None);
-        let turns = compete(&[(Arc::clone(&share), 5), (other, 5)], 300);
+        let turns = compete(1, &[(Arc::clone(&share), 5), (other, 5)], 300);
         assert!(turns[0] < 60, "{turns:?}");
         share.charge(200_000);
         assert!(share.exhausted().is_some_and(|seconds| (1..=60).contains(&seconds)));
@@ -300,20 +382,37 @@ mod tests {
         run(async {
             let scheduler = Scheduler::with_slots(1);
             let share = Share::new(1, None);
-            let held = Arc::clone(&scheduler).turn(Arc::clone(&share)).await;
-            let mut waiting = Box::pin(Arc::clone(&scheduler).turn(Arc::clone(&share)));
+            let held = scheduler.turn(&share).await;
+            let mut waiting = scheduler.turn(&share);
             assert!(futures_poll(&mut waiting).await);
             drop(waiting);
             drop(held);
             assert_eq!(scheduler.lock().free, 1);
+            // Nor does one that had it, but not yet looked.
+            let mut given = scheduler.turn(&share);
+            assert!(futures_poll(&mut given).await);
+            drop(given);
+            assert_eq!((scheduler.lock().free, share.active.load(Ordering::Relaxed)), (1, 0));
+        });
+    }
+
+    #[test]
+    fn what_was_not_used_is_soon_forgotten() {
+        let (idle, busy) = (Share::new(1, None), Share::new(1, None));
+        let scheduler = Scheduler::with_slots(2);
+        run(async {
+            let held = scheduler.turn(&busy).await;
+            busy.charge(60_000_000);
+            drop(scheduler.turn(&busy).await);
+            drop(held);
+            // A tenant that comes back starts where the others are.
+            drop(scheduler.turn(&idle).await);
+            assert_eq!(idle.virtual_time.load(Ordering::Relaxed), busy.virtual_time.load(Ordering::Relaxed));
         });
     }
 
     /// Polls once; true if it is not ready.
     async fn futures_poll<F: Future + Unpin>(future: &mut F) -> bool {
-        std::future::poll_fn(|context| {
-            std::task::Poll::Ready(std::pin::Pin::new(&mut *future).poll(context).is_pending())
-        })
-        .await
+        std::future::poll_fn(|context| Poll::Ready(Pin::new(&mut *future).poll(context).is_pending())).await
     }
 }

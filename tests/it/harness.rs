@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 
 /// How long anything may take before a test fails rather than hangs.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// The same for a start, in which an interpreter may be compiled.
+const START_PATIENCE: Duration = Duration::from_secs(180);
 
 /// The binary under test, with a cache of the tests' own.
 pub fn wsgi_wasm() -> Command {
@@ -125,8 +127,12 @@ impl Lines {
     }
 
     /// Waits until `found` finds something in what has come so far.
-    fn wait_for<T>(&self, mut found: impl FnMut(&str) -> Option<T>) -> Option<T> {
-        let end = Instant::now() + PATIENCE;
+    fn wait_for<T>(&self, found: impl FnMut(&str) -> Option<T>) -> Option<T> {
+        self.wait_within(PATIENCE, found)
+    }
+
+    fn wait_within<T>(&self, patience: Duration, mut found: impl FnMut(&str) -> Option<T>) -> Option<T> {
+        let end = Instant::now() + patience;
         let mut text = self.text.lock().unwrap();
         loop {
             if let Some(found) = found(&text) {
@@ -169,7 +175,7 @@ impl Server {
         let readers =
             vec![stdout.collect(child.stdout.take().unwrap()), stderr.collect(child.stderr.take().unwrap())];
         let mut server = Server { child, stdout, stderr, readers, address: None };
-        let line = server.stdout.wait_for(|text| {
+        let line = server.stdout.wait_within(START_PATIENCE, |text| {
             text.lines().find_map(|line| line.strip_prefix("listening on ").map(str::to_owned))
         });
         let line = line.expect("the server did not say where it listens");

@@ -19,6 +19,7 @@ mod cache;
 mod examples;
 /// What an app may do wrong or slowly, and what the client then sees.
 mod failures;
+mod fairness;
 /// The files of a guest: what holds, what is refused, what SQLite needs.
 mod files;
 /// Web frameworks as they are, doing what they are used for.

@@ -1,0 +1,79 @@
+use std::num::NonZero;
+use std::thread::available_parallelism;
+
+use serde_json::Value;
+
+use crate::harness::{Connection, Server, guest, run, wsgi_wasm};
+
+/// The parts of the processors' time that two tenants get whose requests never
+/// end: with these settings, and so many requests for each processor.
+fn parts(settings: [&str; 2], requests: [usize; 2]) -> [f64; 2] {
+    let processors = available_parallelism().map_or(1, NonZero::get).min(8);
+    let directory = tempfile::tempdir().unwrap();
+    let app = guest("hostile");
+    let tenants = ["a", "b"].into_iter().zip(settings).map(|(name, settings)| {
+        format!(
+            "[[tenant]]\nname = \"{name}\"\napp = \"{}\"\nhosts = [\"{name}\"]\n{settings}\n",
+            app.display()
+        )
+    });
+    let config = format!(
+        "server.control = \"unix:control.sock\"\n[defaults]\ninstances = {{ max = 64 }}\n\
+         limits = {{ timeout = \"5m\" }}\n{}",
+        tenants.collect::<String>()
+    );
+    let path = directory.path().join("wsgi-wasm.toml");
+    std::fs::write(&path, config).unwrap();
+    let server = Server::spawn(
+        wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--grace", "0s", "--config"]).arg(&path),
+    );
+    let control = format!("unix:{}", directory.path().join("control.sock").display());
+    let used = || -> [f64; 2] {
+        let list = run(wsgi_wasm().args(["ctl", "--control", &control, "list", "--json"])).success().stdout;
+        let list: Value = serde_json::from_str(&list).unwrap();
+        ["a", "b"].map(|name| {
+            let tenant = list.as_array().unwrap().iter().find(|tenant| tenant["name"] == name).unwrap();
+            tenant["cpu_seconds"].as_f64().unwrap()
+        })
+    };
+    // Waits until both have had so much together.
+    let until = |sum: f64| loop {
+        let now = used();
+        if now[0] + now[1] >= sum {
+            return now;
+        }
+    };
+    let open: Vec<Connection> = ["b", "a"]
+        .into_iter()
+        .zip([requests[1], requests[0]])
+        .flat_map(|(name, count)| std::iter::repeat_n(name, count * processors))
+        .map(|name| {
+            let mut connection = server.connect();
+            connection.send(format!("GET /spin HTTP/1.1\r\nHost: {name}\r\n\r\n"));
+            connection
+        })
+        .collect();
+    let first = until(1.0);
+    let last = until(first[0] + first[1] + 3.0);
+    drop(open);
+    let [a, b] = [last[0] - first[0], last[1] - first[1]];
+    [a / (a + b), b / (a + b)]
+}
+
+#[test]
+fn a_tenants_share_does_not_depend_on_its_number_of_requests() {
+    let parts = parts(["", ""], [1, 6]);
+    assert!((0.4..0.6).contains(&parts[0]), "{parts:?}");
+}
+
+#[test]
+fn a_tenants_share_follows_its_weight() {
+    let parts = parts(["weight = 1", "weight = 4"], [6, 1]);
+    assert!((0.1..0.3).contains(&parts[0]), "{parts:?}");
+}
+
+#[test]
+fn a_tenant_without_budget_gets_a_lower_share() {
+    let parts = parts(["", "limits = { cpu_per_minute = \"100ms\" }"], [1, 6]);
+    assert!(parts[1] < 0.25, "{parts:?}");
+}
