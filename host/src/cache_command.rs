@@ -6,8 +6,11 @@ use std::time::{Duration, SystemTime};
 use anyhow::Result;
 use serde_json::json;
 
+use crate::artifact::Artifact;
+use crate::build::Progress;
 use crate::cache::{Cache, Entry};
 use crate::cli::CacheCommand;
+use crate::code;
 use crate::units::approximate;
 
 /// Entries used more recently than this stay, whatever the size: someone may
@@ -29,6 +32,12 @@ pub fn run(command: &CacheCommand) -> Result<ExitCode> {
             prune(&cache, unused.0, max_size.map(|size| size.0))?;
         }
         CacheCommand::Verify => return verify(&cache),
+        CacheCommand::Optimize { app, wasm_opt } => {
+            let progress = Progress::new();
+            let layout =
+                code::optimize(&cache, &Artifact::open(app)?, wasm_opt, &|step| progress.step(step))?;
+            progress.step(&format!("the code of `{}` is {layout}", app.display()));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -396,6 +396,16 @@ pub enum CacheCommand {
     },
     /// Read everything, and remove what is not as it was made
     Verify,
+    /// Optimize the code that an app shares with others by Binaryen's wasm-opt; once for each
+    /// interpreter, and for servers that are started later
+    Optimize {
+        /// A built app that you trust
+        #[arg(value_name = "APP.wasm")]
+        app: PathBuf,
+        /// The program to use
+        #[arg(long, value_name = "FILE", default_value = "wasm-opt")]
+        wasm_opt: PathBuf,
+    },
 }
 
 /// Options of `inspect`.

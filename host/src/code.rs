@@ -11,6 +11,8 @@
 //! | `compiled/`*app*      | digest of the component      | `layout.json`, and `tenant.cwasm` |
 //! |                       |                              | or `whole.cwasm`                  |
 //! | `skeletons/`*skeleton*| digest of the skeleton       | a component's machine code        |
+//! | `skeletons/`*another* | digest of the key above      | the same, optimized: see          |
+//! |                       |                              | [`optimize`]                      |
 //!
 //! The settings of the engine are in each key, too.
 
@@ -79,6 +81,9 @@ pub struct Layout {
     pub skeleton: Option<String>,
     /// Why it is not shared, or not merged.
     pub reason: Option<String>,
+    /// Whether what is shared went through [`optimize`] on this host.
+    #[serde(default)]
+    pub optimized: bool,
 }
 
 impl fmt::Display for Layout {
@@ -89,6 +94,9 @@ impl fmt::Display for Layout {
         }
         if let Some(skeleton) = &self.skeleton {
             write!(f, "{}", skeleton.get(..12).unwrap_or(skeleton))?;
+        }
+        if self.optimized {
+            write!(f, ", optimized")?;
         }
         match (self.sharing, &self.reason) {
             (Sharing::Split, Some(reason)) => write!(f, ", not merged: {reason}"),
@@ -143,10 +151,18 @@ impl Loader {
             .with_context(|| format!("failed to read `{}`", layout_path.display()))?;
         let layout: Layout = serde_json::from_slice(&layout)
             .with_context(|| format!("failed to read `{}`", layout_path.display()))?;
+        let mut layout = layout;
         let Some(skeleton) = &layout.skeleton else {
             let component = self.map_component(&entry.join(WHOLE))?;
             return Ok(Code { component, tenant: None, layout });
         };
+        let optimized = optimized_key(skeleton);
+        if sharing.is_none() && self.cache.get(Bucket::Skeletons, &optimized).is_some() {
+            let component = self.skeleton(&optimized)?;
+            let tenant = Some(self.map_module(&entry.join(TENANT))?);
+            layout.optimized = true;
+            return Ok(Code { component, tenant, layout });
+        }
         if self.cache.get(Bucket::Skeletons, skeleton).is_none() {
             // Removed from the cache while the app's own part was not.
             // Compiling the app again makes it; the app's part is there.
@@ -274,7 +290,7 @@ pub fn compile(input: &Path, output: &Path, sharing: Option<Sharing>) -> Result<
                 .precompile_component(&component)
                 .map_err(|error| UserError::new(format!("{error:#}")))?;
             compiler.write(WHOLE, &code)?;
-            Layout { sharing: Sharing::Whole, skeleton: None, reason: Some(reason) }
+            Layout { sharing: Sharing::Whole, skeleton: None, reason: Some(reason), optimized: false }
         }
     };
     compiler.write(LAYOUT, &serde_json::to_vec(&layout)?)
@@ -315,12 +331,19 @@ impl Compiler<'_> {
             _ => self.skeleton(&parts.skeleton, Sharing::Merged),
         };
         match merged {
-            Ok(key) => Ok(Layout { sharing: Sharing::Merged, skeleton: Some(key), reason: None }),
+            Ok(key) => {
+                Ok(Layout { sharing: Sharing::Merged, skeleton: Some(key), reason: None, optimized: false })
+            }
             Err(error) if sharing == Some(Sharing::Merged) => Err(error),
             Err(error) => {
                 let Refused(reason) = error.downcast()?;
                 let key = self.skeleton(&parts.skeleton, Sharing::Split)?;
-                Ok(Layout { sharing: Sharing::Split, skeleton: Some(key), reason: Some(reason) })
+                Ok(Layout {
+                    sharing: Sharing::Split,
+                    skeleton: Some(key),
+                    reason: Some(reason),
+                    optimized: false,
+                })
             }
         }
     }
@@ -328,12 +351,7 @@ impl Compiler<'_> {
     /// Compiles `skeleton`, merged or as it is, if the cache does not have it,
     /// and returns its key.
     fn skeleton(&self, skeleton: &[u8], sharing: Sharing) -> Result<String> {
-        let key = Key::new(Bucket::Skeletons)
-            .with(settings(&self.engine))
-            .with(wsgi_wasm_skeleton::VERSION.to_le_bytes())
-            .with([sharing as u8])
-            .with(cache::sha256(skeleton))
-            .finish();
+        let key = skeleton_key(&self.engine, skeleton, sharing);
         self.cache.get_or_make(Bucket::Skeletons, &key, |entry| {
             let merged;
             let skeleton = match sharing {
@@ -354,6 +372,83 @@ impl Compiler<'_> {
     fn write(&self, name: &str, content: &[u8]) -> Result<()> {
         write(&self.output.join(name), content)
     }
+}
+
+fn skeleton_key(engine: &Engine, skeleton: &[u8], sharing: Sharing) -> String {
+    Key::new(Bucket::Skeletons)
+        .with(settings(engine))
+        .with(wsgi_wasm_skeleton::VERSION.to_le_bytes())
+        .with([sharing as u8])
+        .with(cache::sha256(skeleton))
+        .finish()
+}
+
+/// Where the optimized form of the skeleton `key` is, if there is one.
+fn optimized_key(key: &str) -> String {
+    Key::new(Bucket::Skeletons).with("optimized").with(key).finish()
+}
+
+/// Options of `wasm-opt`: what the guests' code uses and nothing newer, and
+/// the names of functions stay, for backtraces.
+const WASM_OPT: &[&str] = &[
+    "-O3",
+    "--debuginfo",
+    "--mvp-features",
+    "--enable-bulk-memory",
+    "--enable-multivalue",
+    "--enable-mutable-globals",
+    "--enable-nontrapping-float-to-int",
+    "--enable-reference-types",
+    "--enable-sign-ext",
+    "--enable-simd",
+];
+
+/// Compiles the code that `artifact` shares with other apps once more, after
+/// Binaryen's `wasm-opt` went over it, and keeps it in the cache, where a
+/// [`Loader`] prefers it. Takes minutes, once for each interpreter; so it is
+/// never done while an app is loaded.
+///
+/// # Errors
+///
+/// A [`UserError`] if nothing of the app is shared, or `wasm_opt` fails.
+pub fn optimize(
+    cache: &Cache,
+    artifact: &Artifact,
+    wasm_opt: &Path,
+    progress: &dyn Fn(&str),
+) -> Result<Layout> {
+    let component = artifact.component(&artifact.digests(cache)?)?;
+    let parts = wsgi_wasm_skeleton::split(&component)
+        .map_err(|error| UserError::new(format!("the app shares no code with others: {error:#}")))?;
+    let engine = engine::compiler().map_err(anyhow::Error::from)?;
+    let skeleton = skeleton_key(&engine, &parts.skeleton, Sharing::Merged);
+    cache.get_or_make(Bucket::Skeletons, &optimized_key(&skeleton), |entry| {
+        progress("optimizing, which takes some minutes");
+        let optimized =
+            wsgi_wasm_skeleton::merge_with(&parts.skeleton, |module| run_wasm_opt(wasm_opt, &module))
+                .map_err(|error| UserError::new(format!("the app's code was not optimized: {error:#}")))?;
+        progress("compiling to machine code");
+        let code = engine.precompile_component(&optimized).map_err(anyhow::Error::from)?;
+        write(entry, &code)
+    })?;
+    Ok(Layout { sharing: Sharing::Merged, skeleton: Some(skeleton), reason: None, optimized: true })
+}
+
+fn run_wasm_opt(wasm_opt: &Path, module: &[u8]) -> Result<Vec<u8>> {
+    let scratch = tempfile::tempdir()?;
+    let (input, output) = (scratch.path().join("in.wasm"), scratch.path().join("out.wasm"));
+    write(&input, module)?;
+    let mut command = Command::new(wasm_opt);
+    command.args(WASM_OPT).arg(&input).arg("-o").arg(&output).stdin(Stdio::null());
+    let done = command.output().map_err(|error| {
+        UserError::new(format!("can not start `{}`: {error}", wasm_opt.display()))
+            .remedy("install Binaryen, for example by `apt install binaryen`, or name it with `--wasm-opt`")
+    })?;
+    if !done.status.success() {
+        let message = String::from_utf8_lossy(&done.stderr);
+        bail!("`{}` failed: {}", wasm_opt.display(), Printable(message.trim(), MAX_MESSAGE));
+    }
+    std::fs::read(&output).with_context(|| format!("`{}` wrote nothing", wasm_opt.display()))
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<()> {

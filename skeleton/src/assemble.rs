@@ -49,14 +49,18 @@ mod instance {
     pub(super) const MERGED: u32 = 3;
 }
 
-/// The skeleton of `graph` with all its code in one module.
-pub(crate) fn assemble(graph: &Graph<'_>) -> Result<Vec<u8>> {
+/// The skeleton of `graph` with all its code in one module, which goes through
+/// `optimize`.
+pub(crate) fn assemble(
+    graph: &Graph<'_>,
+    optimize: impl FnOnce(Vec<u8>) -> Result<Vec<u8>>,
+) -> Result<Vec<u8>> {
     let uses = Uses::find(graph)?;
     let mut link_roots = uses.exports.clone();
     link_roots.extend(&uses.allocators);
     let link = Link::new(graph, &link_roots)?;
     let imports = link.imports.iter().map(|function| function.index).collect();
-    let merged = emit(link, &uses.exports, &uses.allocators, memory_minimum(graph))?;
+    let merged = optimize(emit(link, &uses.exports, &uses.allocators, memory_minimum(graph))?)?;
     let mut writer = Writer {
         graph,
         uses,

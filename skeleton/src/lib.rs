@@ -58,10 +58,21 @@ pub const VERSION: u32 = 1;
 /// Why it can not be merged: its modules use something that no shared library
 /// of componentize-py does, such as a start function or a second memory.
 pub fn merge(skeleton: &[u8]) -> Result<Vec<u8>> {
+    merge_with(skeleton, Ok)
+}
+
+/// As [`merge`], with `optimize` between the merging of the core modules and the
+/// writing of the component around the result. It gets a core module and returns
+/// one with the same imports and exports.
+///
+/// # Errors
+///
+/// As for [`merge`], and what `optimize` returns, or that what it made does not fit.
+pub fn merge_with(skeleton: &[u8], optimize: impl FnOnce(Vec<u8>) -> Result<Vec<u8>>) -> Result<Vec<u8>> {
     // What follows relies on indices and types that fit.
     validate(skeleton).context("the skeleton is not valid")?;
     let graph = graph::Graph::read(skeleton)?;
-    let merged = assemble::assemble(&graph)?;
+    let merged = assemble::assemble(&graph, optimize)?;
     validate(&merged).context("the merged skeleton is not valid")?;
     Ok(merged)
 }

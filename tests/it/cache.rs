@@ -51,6 +51,7 @@ fn what_is_in_the_cache_is_shown_checked_and_removed() {
     let again = serve(&directory);
     assert_eq!(again.get("/hello").ok(), "Hello, world!\n");
     assert!(code.exists());
+    optimized_code_takes_the_place_of_the_other(&directory, home.path());
     assert!(
         cache(&directory, &["prune", "--max-size", "1B"]).success().stdout.contains("removed 0"),
         "in use"
@@ -59,4 +60,34 @@ fn what_is_in_the_cache_is_shown_checked_and_removed() {
     assert!(entries(&directory, "").is_empty());
     assert_eq!(again.get("/hello").ok(), "Hello, world!\n");
     again.finish();
+}
+
+/// With a program in the place of Binaryen's that changes nothing: that one may
+/// not be here, and takes minutes.
+fn optimized_code_takes_the_place_of_the_other(directory: &Path, home: &Path) {
+    use std::os::unix::fs::PermissionsExt as _;
+    let app = guest("behaviours");
+    let optimize =
+        |program: &str| cache(directory, &["optimize", app.to_str().unwrap(), "--wasm-opt", program]);
+    optimize("/no/such/wasm-opt").refused(&["/no/such/wasm-opt", "install Binaryen", "help:"]);
+    optimize("false").refused(&["was not optimized", "`false` failed"]);
+    optimize("true").refused(&["was not optimized", "`true` wrote nothing"]);
+    let script = |text: &str| {
+        let program = home.join("wasm-opt");
+        std::fs::write(&program, text).unwrap();
+        std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755)).unwrap();
+        program.to_str().unwrap().to_owned()
+    };
+    let what_is_not_wasm = script("#!/bin/sh\nwhile [ \"$1\" != -o ]; do shift; done; echo > \"$2\"\n");
+    optimize(&what_is_not_wasm).refused(&["was not optimized"]);
+    let copy = script("#!/bin/sh\nwhile [ \"$2\" != -o ]; do shift; done; cp \"$1\" \"$3\"\n");
+    let done = optimize(&copy).success().stderr;
+    assert!(done.contains(", optimized\n"), "{done}");
+    assert!(!optimize(&copy).success().stderr.contains("optimizing"), "it is done once");
+    let described =
+        run(wsgi_wasm().env("WSGI_WASM_CACHE", directory).arg("inspect").arg(&app)).success().stdout;
+    assert!(described.contains(", optimized\n"), "{described}");
+    let server = serve(directory);
+    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    server.finish();
 }
