@@ -22,7 +22,7 @@ build.APPLICATION, build.SITE, build.LIBRARY = root + "/0", root + "/1", root + 
 # The standard library of this process is not under `LIBRARY`.
 build._search_path = lambda path: [root + "/0", *path]
 try:
-    application = build.main(None, root + "/2")
+    application = build.main(None, lambda *_: None, root + "/2")
 except build.BuildFailed as error:
     print("failed:", error)
     sys.exit(9)

@@ -72,7 +72,7 @@ class Entry(unittest.TestCase):
             mock.patch.dict(sys.modules, modules),
             mock.patch.object(gc, "callbacks", []),
             mock.patch.object(interrupt, "_time_left", None),
-            mock.patch.object(build, "main", lambda _: lambda *call: self.application(*call)),
+            mock.patch.object(build, "main", lambda *_: lambda *call: self.application(*call)),
         ):
             patch.start()
             self.addCleanup(patch.stop)
@@ -124,7 +124,7 @@ class Entry(unittest.TestCase):
                 self.assertEqual(self.entry.Handler().handle(b"", b""), b"")
 
     def test_errors_of_the_host(self):
-        host = self.entry._HOST
+        host = self.entry._host
         for error, expected in ((WriteError.CLIENT_GONE, wsgi.ClientGone),
                                 (WriteError.REFUSED, wsgi.Refused)):  # fmt: skip
             for name, arguments in (("start", (b"",)), ("write", (b"",)), ("finish", ())):

@@ -13,6 +13,7 @@
 //! invite hash flooding. On one machine the cache gives the same file.
 
 mod adapter;
+mod immortal;
 mod owned_lists;
 mod target;
 mod toolchain;
@@ -307,8 +308,10 @@ impl Work<'_> {
                 bytecode: "/2/bytecode",
             },
         )?;
-        let component = owned_lists::free_lowered_lists(&component)
+        let mut component = owned_lists::free_lowered_lists(&component)
             .context("failed to patch the bindings that componentize-py made")?;
+        let objects = fs::read(scratch.work().join("objects.bin")).context("the guest told of no objects")?;
+        immortal::make_immortal(&mut component, &objects).context("failed to patch the snapshot")?;
         for request in &report.warmup {
             let status = request.status.map_or("no response".into(), |status| status.to_string());
             self.progress.step(&format!(

@@ -112,3 +112,28 @@ fn inspect_tells_how_the_code_is_laid_out() {
     assert!(text.contains("not shared with other apps: it is not linked from shared libraries"), "{text}");
     run(wsgi_wasm().args(["serve", "--code", "merged"]).arg(&empty)).refused(&["shared libraries"]);
 }
+
+#[test]
+fn a_request_writes_to_little_of_the_memory_that_instances_share() {
+    let server = Server::start("behaviours", &["--instances", "1"]);
+    for _ in 0..3 {
+        assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    }
+    let maps = std::fs::read_to_string(format!("/proc/{}/smaps", server.id())).unwrap();
+    let (mut is_memory, mut written) = (false, 0);
+    for line in maps.lines() {
+        let mut words = line.split_whitespace();
+        match words.next().unwrap_or_default() {
+            "Private_Dirty:" if is_memory => {
+                written += words.next().unwrap().parse::<u64>().unwrap();
+            }
+            first if !first.ends_with(':') => {
+                is_memory = line.ends_with("/tenant.cwasm") && line.contains(" rw")
+            }
+            _ => {}
+        }
+    }
+    // In kB. More than twice as much where the objects' references are counted.
+    assert!((100..450).contains(&written), "{written} kB");
+    server.finish();
+}

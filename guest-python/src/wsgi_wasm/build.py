@@ -12,16 +12,17 @@ import importlib.util
 import json
 import os
 import py_compile
+import random
 import shutil
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from wsgi_wasm import interrupt, kdf, loading, snapshot, wsgi
+from wsgi_wasm import image, interrupt, kdf, loading, snapshot, wsgi
 from wsgi_wasm.streams import BodyAborted
 
 # The guest's mounts.
@@ -51,13 +52,23 @@ _LATE_IMPORTS = (
 
 # CPython specialises bytecode after a few runs, so one request is not enough.
 _WARMUP_ROUNDS = 3
+# It counts them where the code is, so code that is not specialised in the
+# snapshot is written to in every instance. More of them where nobody else's
+# code runs.
+_REHEARSALS = 20
+
+
+Rehearse = Callable[[wsgi.Application, wsgi.Host, bytes], None]
+"""Answers a request, with this environ block, as the first one of an instance."""
 
 
 class BuildFailed(Exception):
     """Ends the build after its report is written."""
 
 
-def main(derivation: kdf.Derivation, scratch: str = SCRATCH) -> wsgi.Application:
+def main(
+    derivation: kdf.Derivation, rehearse: Rehearse, scratch: str = SCRATCH
+) -> wsgi.Application:
     """Does the task in `build.json`; returns the application, if that was the task.
 
     Whatever happens, `report.json` tells it. Raises `BuildFailed`.
@@ -70,7 +81,7 @@ def main(derivation: kdf.Derivation, scratch: str = SCRATCH) -> wsgi.Application
             task = json.load(file)
         match task["task"]:
             case "application":
-                application = _build_application(task, derivation, stages, report)
+                application = _build_application(task, derivation, rehearse, stages, report)
             case "compile":
                 with stages.stage("compile"):
                     for root in task["compile"]:
@@ -85,6 +96,10 @@ def main(derivation: kdf.Derivation, scratch: str = SCRATCH) -> wsgi.Application
         # The whole story is in the report.
         raise BuildFailed(str(error)) from None
     _write_report(scratch, {"ok": True, **report, "seconds": stages.seconds})
+    # The allocator of other platforms has other habits.
+    if application is not _no_application and sys.platform == "wasi":
+        del report, stages, task
+        image.settle(scratch)
     return application
 
 
@@ -129,7 +144,11 @@ def copy_library(library: str, output: str) -> None:
 
 
 def _build_application(
-    task: dict[str, Any], derivation: kdf.Derivation, stages: _Stages, report: dict[str, Any]
+    task: dict[str, Any],
+    derivation: kdf.Derivation,
+    rehearse: Rehearse,
+    stages: _Stages,
+    report: dict[str, Any],
 ) -> wsgi.Application:
     with stages.stage("compile"):
         if task.get("bytecode"):
@@ -155,6 +174,7 @@ def _build_application(
         kdf.building = False
         report["warnings"] = warnings
         warnings += snapshot.freeze()
+        _rehearse(rehearse)
     return application
 
 
@@ -181,6 +201,28 @@ def warm_up(
             what = "failed" if status is None else f"was answered with status {status}"
             warnings.append(f"the warm-up request `{path}` {what}\n{errors.text}".rstrip())
     return results
+
+
+def _rehearse(rehearse: Rehearse) -> None:
+    """Lets the adapter wake up and answer requests without the application.
+
+    What an instance does first of all, it does once; so its code would be
+    specialised by no number of warm-up requests.
+    """
+
+    def whole(environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "2")])
+        return [b"ok"]
+
+    def pieces(environ: dict[str, Any], start_response: Any) -> Iterator[bytes]:
+        start_response("200 OK", [("Content-Type", "text/plain")])
+        yield b"ok"
+
+    for application in (whole, pieces):
+        for _ in range(_REHEARSALS):
+            # componentize-py does that in every instance.
+            random.seed()
+            rehearse(application, _WarmupHost(), _environ_block("/"))
 
 
 class _WarmupHost:

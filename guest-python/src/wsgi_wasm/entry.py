@@ -113,7 +113,7 @@ class Handler:
         try:
             if snapshot.stale:
                 _wake()
-            return wsgi.run(_application, environ, body, _HOST)
+            return wsgi.run(_application, environ, body, _host)
         except BaseException as error:
             # Out of memory before the application was called, say.
             _report(error)
@@ -139,6 +139,16 @@ def _wake() -> None:
     interrupt.arm(deadline.time_left)
 
 
+def _rehearse(application: wsgi.Application, host: wsgi.Host, environ: bytes) -> None:
+    """Answers a request as the first one of an instance; see `build`."""
+    global _application, _host
+    real, (_application, _host) = _host, (application, host)
+    with snapshot.rehearsal():
+        Handler().handle(environ, b"")
+    interrupt.disarm()
+    _host = real
+
+
 def _report(error: BaseException) -> None:
     try:
         sys.stderr.write(f"wsgi-wasm: {type(error).__name__}: {error}\n")
@@ -146,5 +156,6 @@ def _report(error: BaseException) -> None:
         return
 
 
-_HOST = _Host()
-_application = build.main(_Derivation())
+_host: wsgi.Host = _Host()
+_application: wsgi.Application
+_application = build.main(_Derivation(), _rehearse)

@@ -27,6 +27,7 @@ import random
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 stale = False
@@ -106,6 +107,16 @@ def renew() -> None:
     for name, value in _environment.items():
         # The operator's word counts more than the application's default.
         os.environ.setdefault(name, value)
+
+
+@contextmanager
+def rehearsal() -> Iterator[None]:
+    """Lets `renew` be called in the block, and forgets that it was."""
+    global stale
+    generators = _generators[:]
+    yield
+    _generators[:] = generators
+    stale = True
 
 
 class _Building:

@@ -25,6 +25,7 @@ const MODULES: &[(&str, &str)] = modules![
     "build.py",
     "command.py",
     "entry.py",
+    "image.py",
     "interrupt.py",
     "kdf.py",
     "loading.py",
