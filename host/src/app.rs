@@ -74,7 +74,11 @@ pub fn load_artifact(
         memory: usize::try_from(config.limits.memory).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
-        derivations: Arc::new(Derivations::new(Arc::clone(&share))),
+        derivations: Arc::new(Derivations::new(
+            Arc::clone(&share),
+            Arc::clone(&shared.scheduler),
+            Arc::clone(&footprint),
+        )),
         share,
         scheduler: Arc::clone(&shared.scheduler),
         footprint,

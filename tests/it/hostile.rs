@@ -714,3 +714,67 @@ fn instances_that_rest_make_room_for_others() {
     arena.ctl(&["drain", "hostile"]).success();
     arena.finish();
 }
+
+#[test]
+fn key_derivations_of_others_hold_up_nobodys_login() {
+    let directory = tempfile::tempdir().unwrap();
+    let app = guest("behaviours");
+    let mut config = String::from("[server]\ncontrol = \"unix:control.sock\"\n");
+    for name in ["victim", "one", "two"] {
+        config += &format!(
+            "[[tenant]]\nname = {name:?}\napp = {app:?}\nhosts = [{name:?}]\nlimits = {{ timeout = \"8s\" }}\n"
+        );
+    }
+    let path = directory.path().join("wsgi-wasm.toml");
+    std::fs::write(&path, config).unwrap();
+    let server = Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(path));
+    let arena = Arena { directory, server };
+    // A cost of some ten milliseconds, and one of some scrypt passes.
+    let login = "import hashlib\nresult = [hashlib.pbkdf2_hmac('sha256', b'p', b's', 20_000).hex(), \
+                 hashlib.scrypt(b'p', salt=b's', n=1 << 12, r=8, p=1).hex()]";
+    let hash = || ask(&mut arena.server.connect(), "victim", "POST", "/run", login.as_bytes()).ok();
+    let expected = hash();
+    // The most that one call may ask for, again and again, in many instances.
+    let attacks = [
+        "pbkdf2_hmac('sha512', b'p', b's', 5_000_000)",
+        "pbkdf2_hmac('sha3_512', b'p', b's', 5_000_000)",
+        "pbkdf2_hmac('sha224', b'p', bytes(1 << 16), 1, 65_536)",
+        "scrypt(b'p', salt=b's', n=1 << 17, r=8, p=1, maxmem=1 << 30)",
+    ];
+    let mut busy = Vec::new();
+    for name in ["one", "two"] {
+        for attack in attacks {
+            let code = format!("import hashlib\nwhile True:\n    hashlib.{attack}");
+            let mut connection = arena.server.connect();
+            send(&mut connection, name, "POST", "/run", code.as_bytes());
+            busy.push(connection);
+        }
+    }
+    let at_work = |name| arena.status(name)["in_work"] == attacks.len();
+    while !(at_work("one") && at_work("two")) {}
+    for _ in 0..5 {
+        let start = std::time::Instant::now();
+        assert_eq!(hash(), expected);
+        assert!(start.elapsed().as_secs() < 4, "a login took {:?}", start.elapsed());
+    }
+    for mut connection in busy {
+        assert_eq!(connection.read_response("POST").status, 504);
+    }
+    // What costs more than it seems to is refused.
+    for attack in [
+        "hashlib.pbkdf2_hmac('sha224', b'p', bytes(4_000_000), 1, 65_536)",
+        "kdf._derivation.pbkdf2_hmac('sha224', b'p', bytes(4_000_000), 1, 65_536)",
+        "hashlib.pbkdf2_hmac('sha224', b'p', bytes(1 << 16), 3000, 65_536)",
+        "hashlib.scrypt(b'p', salt=bytes(1 << 16), n=2, r=1 << 17, p=1, maxmem=1 << 30)",
+    ] {
+        let code = [
+            "import hashlib\nfrom wsgi_wasm import kdf\ntry:\n    ",
+            attack,
+            "\nexcept ValueError:\n    result = 'refused'",
+        ];
+        let refused = ask(&mut arena.server.connect(), "one", "POST", "/run", code.concat().as_bytes());
+        assert_eq!(refused.ok(), "\"refused\"", "{attack}");
+    }
+    assert_eq!(hash(), expected);
+    arena.server.finish();
+}
