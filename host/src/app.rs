@@ -138,6 +138,7 @@ pub fn only_tenant(
         instances: DEFAULT_INSTANCES,
         limits: Limits { memory: grants.memory.0, ..DEFAULT_LIMITS },
         environment: Environment(grants.env.iter().cloned().collect()),
+        secrets: Vec::new(),
         files: FileGrants {
             temporary: memory::Limits { bytes: grants.tmp.0, files: DEFAULT_TEMPORARY.files },
             data: grants

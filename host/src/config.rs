@@ -50,6 +50,8 @@ pub struct ServerSection {
     pub state: Option<PathBuf>,
     /// Instances that all tenants together can have.
     pub instances: Option<u32>,
+    /// Directories below which apps and data of tenants that come later may lie.
+    pub roots: Vec<PathBuf>,
 }
 
 /// What holds for every tenant that does not say otherwise.
@@ -204,6 +206,8 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Instances of all tenants together.
     pub instances: u32,
+    /// Directories below which apps and data of later tenants may lie.
+    pub roots: Vec<PathBuf>,
     /// The tenants.
     pub tenants: Vec<TenantConfig>,
 }
@@ -227,6 +231,8 @@ pub struct TenantConfig {
     pub limits: Limits,
     /// Environment variables, secrets included.
     pub environment: Environment,
+    /// The files with its secrets, which are read again at a reload.
+    pub secrets: Vec<PathBuf>,
     /// Its `/tmp`, and the directory that it sees as `/data`.
     pub files: FileGrants,
     /// What it may connect to.
@@ -460,6 +466,7 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
         control,
         state: file.server.state.map(|state| directory.join(state)),
         instances: file.server.instances.unwrap_or(DEFAULT_TOTAL_INSTANCES).max(1),
+        roots: file.server.roots.iter().map(|root| directory.join(root)).collect(),
         tenants,
     }
 }
@@ -654,6 +661,10 @@ fn resolve_tenant(
     if problems.count() > before {
         return None;
     }
+    let secrets = section.secrets.values().filter_map(|source| match source {
+        SecretSource::File(path) => Some(directory.join(path)),
+        SecretSource::Env(_) => None,
+    });
     Some(TenantConfig {
         name,
         app,
@@ -663,6 +674,7 @@ fn resolve_tenant(
         instances,
         limits: resolve_limits(&section.limits, &defaults.limits),
         environment: Environment(environment),
+        secrets: secrets.collect(),
         files: FileGrants { temporary, data },
         network: rules,
         traffic,
