@@ -147,7 +147,7 @@ pub struct LimitsSection {
     pub timeout: Option<Time>,
     /// What an instance may keep in its `/tmp`.
     pub tmp: Option<Size>,
-    /// What an instance may send and receive over its connections.
+    /// What all instances may send and receive over their connections in an hour.
     pub network: Option<Size>,
     /// Processor time of one request.
     pub cpu: Option<Time>,
@@ -237,7 +237,8 @@ pub struct TenantConfig {
     pub files: FileGrants,
     /// What it may connect to.
     pub network: Vec<Rule>,
-    /// Bytes that an instance may send and receive over its connections.
+    /// Bytes that all instances may send and receive over their connections in
+    /// an hour.
     pub traffic: u64,
     /// Directories whose files are served without the app, by the path that
     /// they are under.
@@ -323,9 +324,9 @@ pub const DEFAULT_INSTANCES: Instances =
 /// What an instance may keep in its `/tmp`, where nothing is said.
 pub const DEFAULT_TEMPORARY: memory::Limits = memory::Limits { bytes: 64 << 20, files: 1000 };
 
-/// Bytes that an instance may send and receive over its connections, where
-/// nothing is said.
-const DEFAULT_TRAFFIC: u64 = 4 << 30;
+/// Bytes that all instances may send and receive over their connections in an
+/// hour, where nothing is said.
+const DEFAULT_TRAFFIC: u64 = 64 << 30;
 
 /// What a data directory may hold, where nothing is said.
 const DEFAULT_QUOTA: Quota = Quota { bytes: 1 << 30, files: 10_000 };
