@@ -4,8 +4,8 @@ use crate::harness::{Server, guest, run, wsgi_wasm};
 
 /// What the kernel says of each thread of the server.
 fn thread_status(server: &Server) -> Vec<String> {
-    let tasks = std::fs::read_dir(format!("/proc/{}/task", server.id())).unwrap();
-    tasks.map(|task| std::fs::read_to_string(task.unwrap().path().join("status")).unwrap()).collect()
+    let tasks = fs::read_dir(format!("/proc/{}/task", server.id())).unwrap();
+    tasks.map(|task| fs::read_to_string(task.unwrap().path().join("status")).unwrap()).collect()
 }
 
 #[test]
