@@ -788,7 +788,7 @@ fn arena_with_handles(data: &Path) -> (Arena, u32) {
     let settings = format!(
         "data = {{ path = {data:?}, quota = \"8MiB\", files = 1000 }}\nisolation = \"request\"\n\
          network = [\"127.0.0.1:{port}\", \"localhost:{port}\"]\n\
-         limits = {{ timeout = \"2s\", memory = \"64MiB\", tmp = \"8MiB\" }}"
+         limits = {{ timeout = \"4s\", memory = \"64MiB\", tmp = \"8MiB\" }}"
     );
     (Arena::start(&[("handles", &settings)]), port.into())
 }
@@ -958,17 +958,17 @@ fn handles_without_end_or_order_cost_one_instance() {
     arena.during(|| {
         for directory in [0, 1] {
             for (what, calls, expected) in [
-                ("listings", start(directory).on(handles::LIST, directory).times(5000), "+-"),
-                ("files", start(directory).open(directory, "f").times(5000), "+-"),
-                ("streams", start(directory).on(handles::READ_STREAM, 2).times(5000), "+-"),
-                ("writers", start(directory).on(handles::WRITE_STREAM, 2).times(5000), "+-"),
+                ("listings", start(directory).on(handles::LIST, directory).times(1500), "+-"),
+                ("files", start(directory).open(directory, "f").times(1500), "+-"),
+                ("streams", start(directory).on(handles::READ_STREAM, 2).times(1500), "+-"),
+                ("writers", start(directory).on(handles::WRITE_STREAM, 2).times(1500), "+-"),
                 (
                     "a listing that is asked on and on",
                     start(directory)
                         .on(handles::LIST, directory)
                         .keep(3)
                         .on(handles::NEXT_ENTRY, 3)
-                        .times(20_000),
+                        .times(5000),
                     "+++",
                 ),
                 (
@@ -986,7 +986,7 @@ fn handles_without_end_or_order_cost_one_instance() {
                 assert_eq!(signs(&arena, what, &calls), expected, "{what} in {directory}");
             }
             for (what, calls, status, logged) in [
-                ("pollables", polled(directory).on(handles::POLL_INPUT, 3).times(5000), 500, "trapped"),
+                ("pollables", polled(directory).on(handles::POLL_INPUT, 3).times(1500), 500, "trapped"),
                 ("a parent before its child", polled(directory).on(handles::DROP_INPUT, 3), 500, "children"),
                 (
                     "a writer before its pollable",
