@@ -153,6 +153,30 @@ class Arguments(unittest.TestCase):
             ],
         )
 
+    def test_long_passwords_are_hashed_before(self):
+        long = b"x" * (kdf._INPUT_MAX + 1)
+        kdf.pbkdf2_hmac("sha512", long, b"s", 9)
+        kdf.scrypt(long, salt=b"s", n=2, r=3, p=4)
+        self.assertEqual(
+            self.host.calls,
+            [
+                ("sha512", hashlib.sha512(long).digest(), b"s", 9, 64),
+                (hashlib.sha256(long).digest(), b"s", 2, 3, 4, 64),
+            ],
+        )
+        # Which makes no difference.
+        expected = kdf._pbkdf2_hmac("sha512", long, b"s", 9, 64)
+        short = kdf._pbkdf2_hmac("sha512", hashlib.sha512(long).digest(), b"s", 9, 64)
+        self.assertEqual(short, expected)
+
+    def test_long_salts_are_refused(self):
+        long = b"x" * (kdf._INPUT_MAX + 1)
+        with self.assertRaises(ValueError):
+            kdf.pbkdf2_hmac("sha512", b"p", long, 9)
+        with self.assertRaises(ValueError):
+            kdf.scrypt(b"p", salt=long, n=2, r=3, p=4)
+        self.assertEqual(self.host.calls, [])
+
     def test_what_the_host_has_not_is_computed_here(self):
         expected = kdf._pbkdf2_hmac("blake2b", b"p", b"s", 2, 64)
         self.assertEqual(kdf.pbkdf2_hmac("blake2b", b"p", b"s", 2), expected)

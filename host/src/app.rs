@@ -74,7 +74,11 @@ pub fn load_artifact(
         memory: usize::try_from(config.limits.memory).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
-        derivations: Arc::new(Derivations::new(Arc::clone(&share))),
+        derivations: Arc::new(Derivations::new(
+            Arc::clone(&share),
+            Arc::clone(&shared.scheduler),
+            Arc::clone(&footprint),
+        )),
         share,
         scheduler: Arc::clone(&shared.scheduler),
         footprint,
@@ -134,6 +138,7 @@ pub fn only_tenant(
         instances: DEFAULT_INSTANCES,
         limits: Limits { memory: grants.memory.0, ..DEFAULT_LIMITS },
         environment: Environment(grants.env.iter().cloned().collect()),
+        secrets: Vec::new(),
         files: FileGrants {
             temporary: memory::Limits { bytes: grants.tmp.0, files: DEFAULT_TEMPORARY.files },
             data: grants

@@ -503,8 +503,13 @@ impl Artifact {
 }
 
 fn unreadable(path: &Path, error: &io::Error) -> UserError {
-    UserError::new(format!("can not read the app `{}`: {error}", path.display()))
-        .remedy("build one with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
+    UserError::new(format!("can not read the app `{}`: {error}", path.display())).remedy(match error.kind() {
+        // Also what a server hears that has confined itself.
+        io::ErrorKind::PermissionDenied => {
+            "put it beside the configuration or below one of its `roots`, and let the server read it"
+        }
+        _ => "build one with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`",
+    })
 }
 
 /// Unpacks an untrusted layer into the new file `path`.

@@ -286,8 +286,8 @@ pub struct GrantArgs {
     /// ADDRESS/BITS:PORT, with port * for any (repeatable)
     #[arg(long, value_name = "HOST:PORT")]
     pub network: Vec<Rule>,
-    /// Bytes that an instance may send and receive over its connections
-    #[arg(long, value_name = "SIZE", default_value = "4GiB")]
+    /// Bytes that the app may send and receive over its connections in an hour
+    #[arg(long, value_name = "SIZE", default_value = "64GiB")]
     pub network_quota: Size,
 }
 

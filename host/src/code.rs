@@ -555,7 +555,11 @@ mod tests {
             share: Share::new(1, None),
             footprint: crate::footprint::Footprint::new(None),
             scheduler: Scheduler::new(),
-            derivations: Arc::new(crate::key_derivation::Derivations::new(Share::new(1, None))),
+            derivations: Arc::new(crate::key_derivation::Derivations::new(
+                Share::new(1, None),
+                Scheduler::new(),
+                crate::footprint::Footprint::new(None),
+            )),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -50,6 +50,8 @@ pub struct ServerSection {
     pub state: Option<PathBuf>,
     /// Instances that all tenants together can have.
     pub instances: Option<u32>,
+    /// Directories below which apps and data of tenants that come later may lie.
+    pub roots: Vec<PathBuf>,
 }
 
 /// What holds for every tenant that does not say otherwise.
@@ -145,7 +147,7 @@ pub struct LimitsSection {
     pub timeout: Option<Time>,
     /// What an instance may keep in its `/tmp`.
     pub tmp: Option<Size>,
-    /// What an instance may send and receive over its connections.
+    /// What all instances may send and receive over their connections in an hour.
     pub network: Option<Size>,
     /// Processor time of one request.
     pub cpu: Option<Time>,
@@ -204,6 +206,8 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Instances of all tenants together.
     pub instances: u32,
+    /// Directories below which apps and data of later tenants may lie.
+    pub roots: Vec<PathBuf>,
     /// The tenants.
     pub tenants: Vec<TenantConfig>,
 }
@@ -227,11 +231,14 @@ pub struct TenantConfig {
     pub limits: Limits,
     /// Environment variables, secrets included.
     pub environment: Environment,
+    /// The files with its secrets, which are read again at a reload.
+    pub secrets: Vec<PathBuf>,
     /// Its `/tmp`, and the directory that it sees as `/data`.
     pub files: FileGrants,
     /// What it may connect to.
     pub network: Vec<Rule>,
-    /// Bytes that an instance may send and receive over its connections.
+    /// Bytes that all instances may send and receive over their connections in
+    /// an hour.
     pub traffic: u64,
     /// Directories whose files are served without the app, by the path that
     /// they are under.
@@ -317,9 +324,9 @@ pub const DEFAULT_INSTANCES: Instances =
 /// What an instance may keep in its `/tmp`, where nothing is said.
 pub const DEFAULT_TEMPORARY: memory::Limits = memory::Limits { bytes: 64 << 20, files: 1000 };
 
-/// Bytes that an instance may send and receive over its connections, where
-/// nothing is said.
-const DEFAULT_TRAFFIC: u64 = 4 << 30;
+/// Bytes that all instances may send and receive over their connections in an
+/// hour, where nothing is said.
+const DEFAULT_TRAFFIC: u64 = 64 << 30;
 
 /// What a data directory may hold, where nothing is said.
 const DEFAULT_QUOTA: Quota = Quota { bytes: 1 << 30, files: 10_000 };
@@ -460,6 +467,7 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
         control,
         state: file.server.state.map(|state| directory.join(state)),
         instances: file.server.instances.unwrap_or(DEFAULT_TOTAL_INSTANCES).max(1),
+        roots: file.server.roots.iter().map(|root| directory.join(root)).collect(),
         tenants,
     }
 }
@@ -654,6 +662,10 @@ fn resolve_tenant(
     if problems.count() > before {
         return None;
     }
+    let secrets = section.secrets.values().filter_map(|source| match source {
+        SecretSource::File(path) => Some(directory.join(path)),
+        SecretSource::Env(_) => None,
+    });
     Some(TenantConfig {
         name,
         app,
@@ -663,6 +675,7 @@ fn resolve_tenant(
         instances,
         limits: resolve_limits(&section.limits, &defaults.limits),
         environment: Environment(environment),
+        secrets: secrets.collect(),
         files: FileGrants { temporary, data },
         network: rules,
         traffic,

@@ -2,42 +2,81 @@
 //! implementations, on threads where they may block.
 //!
 //! A derivation is work of the app that asks for it: its processor time counts
-//! for the app, and who has had the least goes first.
+//! for the app, and who has had the least goes first. PBKDF2 takes turns with
+//! the guests' own computations, slice by slice, and so can go on for long.
+//! scrypt can not be divided: what one call may ask for is bounded by the time
+//! that others have to wait for it, and its memory is the tenant's.
 
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 
+use pbkdf2::hmac::block_api::HmacCore;
+use pbkdf2::hmac::digest::block_api::{Buffer, CoreProxy as _};
+use pbkdf2::hmac::digest::{FixedOutput as _, KeyInit as _, Output, Update as _};
+use pbkdf2::hmac::{EagerHash, Hmac};
 use tokio::sync::Semaphore;
 
+use crate::footprint::Footprint;
 use crate::scheduler::{Scheduler, Share, processors};
 
-/// Work that one call may ask for, some seconds of one core: it can not be
-/// interrupted. Django's and Werkzeug's default costs are a fifth of it.
-const MAX_PBKDF2_BLOCKS: u64 = 5_000_000;
+/// Iterations that one call to PBKDF2 may ask for, some seconds of one core.
+/// Django's and Werkzeug's default costs are a fifth of it.
+const MAX_PBKDF2_WORK: u64 = 5_000_000;
+/// Bytes of salt that are as much work as an iteration: it hashes two blocks,
+/// the smallest of which have 64 bytes, and the salt is hashed for each block
+/// of the key.
+const SALT_PER_ITERATION: u64 = 128;
+/// Bytes of a password, and of a salt. Our adapter hashes a longer password
+/// itself, as HMAC says (RFC 2104 section 2).
+const MAX_INPUT: usize = 64 << 10;
+/// How long PBKDF2 computes before others get their turn.
+const SLICE: Duration = Duration::from_millis(10);
+/// Iterations between two looks at the clock.
+const STEP: u32 = 256;
 /// Memory that one call to scrypt may ask for: OpenSSL's default in CPython
-/// is 32 MiB, Werkzeug asks for 32 MiB and a little.
-const MAX_SCRYPT_BYTES: u64 = 128 << 20;
-/// Blocks of memory that scrypt may mix, over all its passes.
-const MAX_SCRYPT_WORK: u64 = 1 << 30;
+/// is 32 MiB, Werkzeug asks for 32 MiB and a little, OWASP for up to 128 MiB.
+const MAX_SCRYPT_BYTES: u64 = (128 << 20) + (1 << 20);
+/// Bytes that scrypt may mix, over all its passes: about half a second, for
+/// which a thread can not be taken back. Django asks for 80 MiB.
+const MAX_SCRYPT_WORK: u64 = 128 << 20;
+/// Bytes that scrypt may hash before and after that.
+const MAX_SCRYPT_HASHED: u64 = 32 << 20;
 /// Bytes of derived key; longer ones are of no use as a password's hash.
 const MAX_LENGTH: u32 = 1 << 16;
 
-/// Who may derive: as many at a time as there are cores, so that a flood of
-/// logins takes no more threads and no more memory than that.
-static TURNS: LazyLock<Arc<Scheduler>> = LazyLock::new(Scheduler::new);
+/// Who may use scrypt: as many at a time as there are cores, so that a flood of
+/// logins takes no more threads and no more memory than that. Not the turns of
+/// the guests, which nobody may keep for so long.
+static SCRYPT_TURNS: LazyLock<Arc<Scheduler>> = LazyLock::new(Scheduler::new);
 
 /// One app's part in the derivations.
 #[derive(Debug)]
 pub struct Derivations {
     share: Arc<Share>,
-    /// Half of what there is, so that another app need not wait for this one.
+    /// Who hands out the processors.
+    scheduler: Arc<Scheduler>,
+    /// The app's part in [`SCRYPT_TURNS`]. A share of its own: one that was
+    /// used with two schedulers would take the backlog of each to the other.
+    scrypt_share: Arc<Share>,
+    footprint: Arc<Footprint>,
+    /// Derivations of the app under way: first come, first served.
     places: Arc<Semaphore>,
+    /// Half of what there is, so that another app need not wait for this one.
+    scrypt_places: Arc<Semaphore>,
 }
 
 impl Derivations {
-    /// For the app with this share.
-    pub fn new(share: Arc<Share>) -> Derivations {
-        Derivations { share, places: Arc::new(Semaphore::new((processors() / 2).max(1))) }
+    /// For the app with this share in the processors of `scheduler`, and what
+    /// it holds of the host's memory.
+    pub fn new(share: Arc<Share>, scheduler: Arc<Scheduler>, footprint: Arc<Footprint>) -> Derivations {
+        Derivations {
+            share,
+            scheduler,
+            scrypt_share: Share::new(1, None),
+            footprint,
+            places: Arc::new(Semaphore::new(processors())),
+            scrypt_places: Arc::new(Semaphore::new((processors() / 2).max(1))),
+        }
     }
 }
 
@@ -99,30 +138,136 @@ pub async fn pbkdf2_hmac(
         return Err(Refusal::Invalid("iteration value must be greater than 0".into()));
     }
     check_length(length)?;
+    check_input(&password, &salt)?;
     let blocks = u64::from(length).div_ceil(digest.length());
-    if blocks * u64::from(iterations) > MAX_PBKDF2_BLOCKS {
+    let work = u64::from(iterations) + salt.len() as u64 / SALT_PER_ITERATION;
+    if blocks * work > MAX_PBKDF2_WORK {
         return Err(Refusal::TooExpensive(format!(
             "{iterations} iterations for {length} bytes are more than one call may ask for; \
-             the limit is {MAX_PBKDF2_BLOCKS} iterations for each {} bytes",
+             the limit is {MAX_PBKDF2_WORK} iterations for each {} bytes, and {SALT_PER_ITERATION} bytes \
+             of salt are as many as one",
             digest.length()
         )));
     }
-    run(app, length, move |key| {
-        let derive = match digest {
-            Digest::Md5 => pbkdf2::pbkdf2_hmac::<md5::Md5>,
-            Digest::Sha1 => pbkdf2::pbkdf2_hmac::<sha1::Sha1>,
-            Digest::Sha224 => pbkdf2::pbkdf2_hmac::<sha2::Sha224>,
-            Digest::Sha256 => pbkdf2::pbkdf2_hmac::<sha2::Sha256>,
-            Digest::Sha384 => pbkdf2::pbkdf2_hmac::<sha2::Sha384>,
-            Digest::Sha512 => pbkdf2::pbkdf2_hmac::<sha2::Sha512>,
-            Digest::Sha3_224 => pbkdf2::pbkdf2_hmac::<sha3::Sha3_224>,
-            Digest::Sha3_256 => pbkdf2::pbkdf2_hmac::<sha3::Sha3_256>,
-            Digest::Sha3_384 => pbkdf2::pbkdf2_hmac::<sha3::Sha3_384>,
-            Digest::Sha3_512 => pbkdf2::pbkdf2_hmac::<sha3::Sha3_512>,
-        };
-        derive(&password, &salt, iterations, key);
-    })
-    .await
+    let begin = match digest {
+        Digest::Md5 => Pbkdf2::<md5::Md5>::begin,
+        Digest::Sha1 => Pbkdf2::<sha1::Sha1>::begin,
+        Digest::Sha224 => Pbkdf2::<sha2::Sha224>::begin,
+        Digest::Sha256 => Pbkdf2::<sha2::Sha256>::begin,
+        Digest::Sha384 => Pbkdf2::<sha2::Sha384>::begin,
+        Digest::Sha512 => Pbkdf2::<sha2::Sha512>::begin,
+        Digest::Sha3_224 => Pbkdf2::<sha3::Sha3_224>::begin,
+        Digest::Sha3_256 => Pbkdf2::<sha3::Sha3_256>::begin,
+        Digest::Sha3_384 => Pbkdf2::<sha3::Sha3_384>::begin,
+        Digest::Sha3_512 => Pbkdf2::<sha3::Sha3_512>::begin,
+    };
+    let mut work = begin(&password, salt, iterations, length as usize)?;
+    let place = app.places.acquire().await.map_err(|_| failed())?;
+    let mut spent = Duration::ZERO;
+    loop {
+        let slot = app.scheduler.turn(&app.share).await;
+        let share = Arc::clone(&app.share);
+        let slice = tokio::task::spawn_blocking(move || {
+            // Held by the work, not by the request: that may be gone before.
+            let _held = slot;
+            let start = Instant::now();
+            let key = work.go_on(start + SLICE);
+            (work, key, charge(&share, start))
+        });
+        let (key, time);
+        (work, key, time) = slice.await.map_err(|_| failed())?;
+        spent += time;
+        if let Some(key) = key {
+            drop(place);
+            return Ok((key, spent));
+        }
+    }
+}
+
+/// A derivation that goes on where it stopped.
+trait Resume: Send {
+    /// Computes until this time, and returns the key if that is done.
+    fn go_on(&mut self, until: Instant) -> Option<Vec<u8>>;
+}
+
+/// PBKDF2 with `D`, somewhere in the middle.
+struct Pbkdf2<D: EagerHash> {
+    /// The two states that the password makes; each HMAC begins with a copy.
+    keyed: HmacCore<D>,
+    salt: Vec<u8>,
+    iterations: u32,
+    length: usize,
+    /// The blocks that are complete.
+    key: Vec<u8>,
+    /// Iterations that are left of this block; none before the first one.
+    left: Option<u32>,
+    /// What the last iteration gave, and the sum of all.
+    last: Output<Hmac<D>>,
+    sum: Output<Hmac<D>>,
+}
+
+impl<D: EagerHash + 'static> Pbkdf2<D>
+where
+    Pbkdf2<D>: Resume,
+{
+    fn begin(
+        password: &[u8],
+        salt: Vec<u8>,
+        iterations: u32,
+        length: usize,
+    ) -> Result<Box<dyn Resume>, Refusal> {
+        let keyed = HmacCore::<D>::new_from_slice(password);
+        let keyed = keyed.map_err(|_| Refusal::Invalid("the password has no valid length".into()))?;
+        let (key, last, sum) = (Vec::new(), Output::<Hmac<D>>::default(), Output::<Hmac<D>>::default());
+        Ok(Box::new(Pbkdf2 { keyed, salt, iterations, length, key, left: None, last, sum }))
+    }
+}
+
+impl<D: EagerHash> Resume for Pbkdf2<D>
+where
+    HmacCore<D>: Send,
+    Output<Hmac<D>>: Send,
+{
+    fn go_on(&mut self, until: Instant) -> Option<Vec<u8>> {
+        // With an empty buffer, and the compiler knows that it is: a copy of a
+        // whole `Hmac` costs an eighth.
+        let hmac = || Hmac::<D>::compose(self.keyed.clone(), Buffer::<HmacCore<D>>::default());
+        loop {
+            let mut left = if let Some(left) = self.left {
+                left
+            } else {
+                let block = u32::try_from(self.key.len() / self.sum.len()).unwrap_or(u32::MAX);
+                let mut first = hmac();
+                first.update(&self.salt);
+                first.update(&block.saturating_add(1).to_be_bytes());
+                self.last = first.finalize_fixed();
+                self.sum.clone_from(&self.last);
+                self.iterations - 1
+            };
+            // In registers, not through `self`.
+            let (mut last, mut sum) = (std::mem::take(&mut self.last), std::mem::take(&mut self.sum));
+            for _ in 0..left.min(STEP) {
+                let mut next = hmac();
+                next.update(&last);
+                last = next.finalize_fixed();
+                sum.iter_mut().zip(&last).for_each(|(sum, byte)| *sum ^= byte);
+            }
+            (self.last, self.sum) = (last, sum);
+            left = left.saturating_sub(STEP);
+            self.left = Some(left);
+            if left == 0 {
+                self.left = None;
+                self.key.extend_from_slice(&self.sum);
+                if self.key.len() >= self.length {
+                    self.key.truncate(self.length);
+                    return Some(std::mem::take(&mut self.key));
+                }
+            }
+            if Instant::now() >= until {
+                return None;
+            }
+        }
+    }
 }
 
 /// scrypt (RFC 7914).
@@ -147,20 +292,51 @@ pub async fn scrypt(
         .ok()
         .and_then(|log_n| scrypt::Params::new(log_n, r, p).ok())
         .ok_or_else(|| Refusal::Invalid(format!("scrypt does not allow n={n}, r={r}, p={p}")))?;
+    check_input(&password, &salt)?;
     let (n_, r_, p_) = (u64::from(n), u64::from(r), u64::from(p));
     // RFC 7914 section 5: one block of 128 * r bytes for each of n and p.
     let memory = (128 * r_).saturating_mul(n_ + p_);
-    if memory > MAX_SCRYPT_BYTES || memory.saturating_mul(p_) > MAX_SCRYPT_WORK {
+    let mixed = (128 * r_).saturating_mul(n_).saturating_mul(p_);
+    if memory > MAX_SCRYPT_BYTES || mixed > MAX_SCRYPT_WORK {
         return Err(Refusal::TooExpensive(format!(
             "scrypt with n={n}, r={r}, p={p} needs {memory} bytes; one call may ask for {MAX_SCRYPT_BYTES} \
              and {MAX_SCRYPT_WORK} over its p passes"
         )));
     }
-    run(app, length, move |key| {
+    // The same, section 6: PBKDF2 with one iteration makes the blocks, and of
+    // them the key.
+    let blocks = 128 * r_ * p_;
+    let hashed = blocks.div_ceil(32).saturating_mul(salt.len() as u64 + SALT_PER_ITERATION);
+    let hashed =
+        hashed.saturating_add(u64::from(length.div_ceil(32)).saturating_mul(blocks + SALT_PER_ITERATION));
+    if hashed > MAX_SCRYPT_HASHED {
+        return Err(Refusal::TooExpensive(format!(
+            "scrypt with r={r}, p={p}, {} bytes of salt and a key of {length} bytes hashes {hashed} bytes; one \
+             call may ask for {MAX_SCRYPT_HASHED}",
+            salt.len()
+        )));
+    }
+    let place = Arc::clone(&app.scrypt_places).acquire_owned().await.map_err(|_| failed())?;
+    let slot = SCRYPT_TURNS.turn(&app.scrypt_share).await;
+    let mut held = app.footprint.hold(0);
+    if !held.grow(memory) {
+        return Err(Refusal::TooExpensive(format!(
+            "scrypt with n={n}, r={r}, p={p} needs {memory} bytes, and the tenant holds as much memory as it may"
+        )));
+    }
+    let shares = (Arc::clone(&app.share), Arc::clone(&app.scrypt_share));
+    let derived = tokio::task::spawn_blocking(move || {
+        // Held by the work, not by the request: that may be gone before.
+        let _held = (place, slot, held);
+        let start = Instant::now();
+        let mut key = vec![0; length as usize];
         // Fails only for a key length that was checked above.
-        let _ = scrypt::scrypt(&password, &salt, &parameters, key);
-    })
-    .await
+        let _ = scrypt::scrypt(&password, &salt, &parameters, &mut key);
+        let spent = charge(&shares.0, start);
+        charge(&shares.1, start);
+        (key, spent)
+    });
+    derived.await.map_err(|_| failed())
 }
 
 fn check_length(length: u32) -> Result<(), Refusal> {
@@ -171,23 +347,24 @@ fn check_length(length: u32) -> Result<(), Refusal> {
     }
 }
 
-/// Runs `derive` on a thread for blocking work, when its turn comes.
-async fn run(app: &Derivations, length: u32, derive: impl FnOnce(&mut [u8]) + Send + 'static) -> Derived {
-    let failed = || Refusal::TooExpensive("the host could not run the derivation".into());
-    let place = Arc::clone(&app.places).acquire_owned().await.map_err(|_| failed())?;
-    let slot = TURNS.turn(&app.share).await;
-    let share = Arc::clone(&app.share);
-    let derived = tokio::task::spawn_blocking(move || {
-        // Held by the work, not by the request: that may be gone before.
-        let _held = (place, slot);
-        let start = Instant::now();
-        let mut key = vec![0; length as usize];
-        derive(&mut key);
-        let spent = start.elapsed();
-        share.charge(u64::try_from(spent.as_micros()).unwrap_or(u64::MAX));
-        (key, spent)
-    });
-    derived.await.map_err(|_| failed())
+fn check_input(password: &[u8], salt: &[u8]) -> Result<(), Refusal> {
+    for (name, input) in [("password", password), ("salt", salt)] {
+        if input.len() > MAX_INPUT {
+            return Err(Refusal::TooExpensive(format!("a {name} may have {MAX_INPUT} bytes at most")));
+        }
+    }
+    Ok(())
+}
+
+fn failed() -> Refusal {
+    Refusal::TooExpensive("the host could not run the derivation".into())
+}
+
+/// Charges a tenant for the time since `start`, and returns that.
+fn charge(share: &Share, start: Instant) -> Duration {
+    let spent = start.elapsed();
+    share.charge(u64::try_from(spent.as_micros()).unwrap_or(u64::MAX));
+    spent
 }
 
 #[cfg(test)]
@@ -199,7 +376,11 @@ mod tests {
     }
 
     fn app() -> Derivations {
-        Derivations::new(Share::new(1, None))
+        limited(None)
+    }
+
+    fn limited(memory: Option<u64>) -> Derivations {
+        Derivations::new(Share::new(1, None), Scheduler::new(), Footprint::new(memory))
     }
 
     fn hex(bytes: &[u8]) -> String {
@@ -269,12 +450,68 @@ mod tests {
         assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), u32::MAX, 32))));
         assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 1_000_000, 65_536))));
         assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 1, u32::MAX))));
+        let long = || vec![b's'; MAX_INPUT];
+        assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha224, p(), vec![b's'; 4 << 20], 1, 1))));
+        assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha224, vec![b'p'; 4 << 20], s(), 1, 1))));
+        assert!(expensive(block_on(pbkdf2_hmac(&app(), Digest::Sha224, p(), long(), 2000, MAX_LENGTH))));
         assert!(invalid(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 0, 32))));
         assert!(invalid(block_on(pbkdf2_hmac(&app(), Digest::Sha256, p(), s(), 1, 0))));
         assert!(expensive(block_on(scrypt(&app(), p(), s(), 1 << 30, 8, 1, 32))));
         assert!(expensive(block_on(scrypt(&app(), p(), s(), 2, 8, 1 << 20, 32))));
+        assert!(expensive(block_on(scrypt(&app(), p(), s(), 1 << 17, 8, 2, 32))));
+        assert!(expensive(block_on(scrypt(&app(), p(), long(), 2, 1 << 17, 1, 32))));
+        assert!(expensive(block_on(scrypt(&app(), p(), s(), 2, 1 << 17, 1, MAX_LENGTH))));
         assert!(invalid(block_on(scrypt(&app(), p(), s(), 3, 8, 1, 32))));
         assert!(invalid(block_on(scrypt(&app(), p(), s(), 2, 0, 1, 32))));
         assert!(invalid(block_on(scrypt(&app(), p(), s(), 2, 8, 0, 32))));
+    }
+
+    #[test]
+    fn slices_make_the_same_key() {
+        for (digest, length) in [(Digest::Md5, 16), (Digest::Sha256, 100), (Digest::Sha3_512, 64)] {
+            let begin = match digest {
+                Digest::Md5 => Pbkdf2::<md5::Md5>::begin,
+                Digest::Sha256 => Pbkdf2::<sha2::Sha256>::begin,
+                _ => Pbkdf2::<sha3::Sha3_512>::begin,
+            };
+            for iterations in [1, STEP, STEP + 1, 3 * STEP + 7] {
+                let mut work = begin(b"p", b"s".to_vec(), iterations, length).unwrap();
+                let mut slices = 1;
+                // Each of them is over before it begins.
+                let key = loop {
+                    match work.go_on(Instant::now()) {
+                        Some(key) => break key,
+                        None => slices += 1,
+                    }
+                };
+                let mut whole = vec![0; length];
+                match digest {
+                    Digest::Md5 => pbkdf2::pbkdf2_hmac::<md5::Md5>(b"p", b"s", iterations, &mut whole),
+                    Digest::Sha256 => pbkdf2::pbkdf2_hmac::<sha2::Sha256>(b"p", b"s", iterations, &mut whole),
+                    _ => pbkdf2::pbkdf2_hmac::<sha3::Sha3_512>(b"p", b"s", iterations, &mut whole),
+                }
+                assert_eq!(key, whole, "{digest:?} {iterations}");
+                let blocks = length.div_ceil(usize::try_from(digest.length()).unwrap());
+                assert_eq!(slices, blocks * (iterations - 1).div_ceil(STEP).max(1) as usize);
+            }
+        }
+    }
+
+    #[test]
+    fn the_memory_of_scrypt_is_the_tenants() {
+        let app = limited(Some(20 << 20));
+        let derive = |n| block_on(scrypt(&app, b"p".to_vec(), b"s".to_vec(), n, 8, 1, 32));
+        assert!(derive(1 << 14).is_ok());
+        assert!(matches!(derive(1 << 15), Err(Refusal::TooExpensive(_))));
+        assert_eq!(app.footprint.held(), 0);
+    }
+
+    #[test]
+    fn what_frameworks_and_guides_ask_for_is_granted() {
+        // Werkzeug, Django, and those that OWASP names.
+        for (log_n, p) in [(15, 1), (14, 5), (17, 1), (16, 2), (15, 3), (13, 10)] {
+            let derived = block_on(scrypt(&app(), b"p".to_vec(), vec![b's'; 64], 1 << log_n, 8, p, 64));
+            assert!(derived.is_ok(), "{log_n} {p}");
+        }
     }
 }

@@ -4,17 +4,18 @@
 //! Names are looked up by the host, and only granted ones. An address that a
 //! granted name had is remembered for the instance and checked when the guest
 //! connects, so a name server can not redirect a guest: private, loopback and
-//! link-local addresses need a grant of their own, as an address or a range.
+//! link-local addresses need a grant of their own, as an address or a range
+//! that lies among them. One that is so wide that it has them too is not enough.
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::net::{IpAddr, SocketAddr, ToSocketAddrs as _};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, ToSocketAddrs as _};
 use std::str::FromStr;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio::task::JoinHandle;
 use wasmtime::component::{HasData, Linker, Resource};
 use wasmtime_wasi::async_trait;
@@ -42,8 +43,15 @@ const LOOKUP_TIMEOUT: Duration = Duration::from_secs(10);
 /// Lookups under way at a time, of all apps: each takes a thread, until the
 /// C library gives up.
 static LOOKUPS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(64)));
-/// The same of one app.
+/// The same, for apps that have no other one under way: those of others, whose
+/// name servers do not answer, are not in their way.
+static FIRST_LOOKUPS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| Arc::new(Semaphore::new(192)));
+/// Lookups under way at a time, of one app.
 const MAX_LOOKUPS: usize = 4;
+/// Stack of a thread that looks up.
+const LOOKUP_STACK: usize = 512 << 10;
+/// The time that a quota is for.
+const PERIOD: Duration = Duration::from_secs(3600);
 /// Refusals that an instance may log.
 const MAX_REFUSALS: u64 = 20;
 
@@ -65,25 +73,43 @@ enum Whom {
     Range(IpAddr, u8),
 }
 
-/// The network grants of an app.
-#[derive(Clone, Debug)]
+/// The network grants of an app, and what all its instances together have used.
+#[derive(Debug)]
 pub struct NetworkGrants {
     rules: Vec<Rule>,
+    /// Bytes for each [`PERIOD`].
     bytes: u64,
+    /// When this one began, and the bytes in it.
+    moved: Mutex<(Instant, u64)>,
     lookups: Arc<Semaphore>,
+    /// The place of the app in [`FIRST_LOOKUPS`].
+    first_lookup: Arc<Semaphore>,
     sockets: Arc<Semaphore>,
 }
 
 impl NetworkGrants {
-    /// Grants `rules`, and each instance so many `bytes` to send and receive
-    /// in its life.
+    /// Grants `rules`, and so many `bytes` to send and receive in each hour.
     pub fn new(rules: Vec<Rule>, bytes: u64) -> NetworkGrants {
         NetworkGrants {
             rules,
             bytes,
+            moved: Mutex::new((Instant::now(), 0)),
             lookups: Arc::new(Semaphore::new(MAX_LOOKUPS)),
+            first_lookup: Arc::new(Semaphore::new(1)),
             sockets: Arc::new(Semaphore::new(MAX_SOCKETS_TOGETHER)),
         }
+    }
+
+    /// Counts bytes, and says how many there were before and after in this
+    /// period.
+    fn count(&self, bytes: usize) -> (u64, u64) {
+        let mut moved = self.moved.lock().unwrap_or_else(PoisonError::into_inner);
+        if moved.0.elapsed() >= PERIOD {
+            *moved = (Instant::now(), 0);
+        }
+        let before = moved.1;
+        moved.1 = before.saturating_add(bytes as u64);
+        (before, moved.1)
     }
 }
 
@@ -100,7 +126,6 @@ struct Shared {
     /// The sockets that are open, by handle, each with its place among those
     /// of the app.
     sockets: Mutex<HashMap<u32, OwnedSemaphorePermit>>,
-    moved: AtomicU64,
     refusals: AtomicU64,
 }
 
@@ -129,7 +154,14 @@ impl FromStr for Rule {
             (Ok(address), bits) => {
                 let most = if address.is_ipv4() { 32 } else { 128 };
                 let bits = bits.map_or(Ok(most), str::parse::<u8>).ok().filter(|bits| *bits <= most);
-                Whom::Range(address, bits.ok_or(format!("the bits of a range are 0 to {most}"))?)
+                let bits = bits.ok_or(format!("the bits of a range are 0 to {most}"))?;
+                match address.to_canonical() {
+                    // `::ffff:10.0.0.0/104` is 10.0.0.0/8.
+                    inner if address.is_ipv6() && inner.is_ipv4() && bits >= 96 => {
+                        Whom::Range(inner, bits - 96)
+                    }
+                    _ => Whom::Range(address, bits),
+                }
             }
             (Err(_), Some(_)) => return Err("a range needs an address before the slash".into()),
             (Err(_), None) => {
@@ -165,49 +197,80 @@ impl Rule {
         }
     }
 
+    /// Whether it grants `address`. One that is not public has to be meant:
+    /// `0.0.0.0/0` is the internet, and not this machine.
     fn covers_address(&self, address: IpAddr) -> bool {
-        let Whom::Range(start, bits) = &self.whom else { return false };
-        let same = |one: u128, other: u128, width: u8| {
-            // A shift by the whole width would overflow.
-            u32::from(width - bits) >= 128 || (one ^ other) >> (width - bits) == 0
-        };
-        match (start, address) {
-            (IpAddr::V4(start), IpAddr::V4(address)) => {
-                same(u128::from(start.to_bits()), u128::from(address.to_bits()), 32)
-            }
-            (IpAddr::V6(start), IpAddr::V6(address)) => same(start.to_bits(), address.to_bits(), 128),
-            _ => false,
-        }
+        let Whom::Range(start, bits) = self.whom else { return false };
+        let meant = |(block, width): (IpAddr, u8)| bits >= width && begins_like(block, width, start);
+        begins_like(start, bits, address) && reserved(address).is_none_or(meant)
     }
+}
+
+/// Whether the first `bits` of both addresses are the same.
+fn begins_like(start: IpAddr, bits: u8, address: IpAddr) -> bool {
+    let same = |one: u128, other: u128, width: u8| {
+        // A shift by the whole width would overflow.
+        (one ^ other).checked_shr(u32::from(width.saturating_sub(bits))).unwrap_or(0) == 0
+    };
+    match (start, address) {
+        (IpAddr::V4(start), IpAddr::V4(address)) => {
+            same(u128::from(start.to_bits()), u128::from(address.to_bits()), 32)
+        }
+        (IpAddr::V6(start), IpAddr::V6(address)) => same(start.to_bits(), address.to_bits(), 128),
+        _ => false,
+    }
+}
+
+/// The ranges that nobody on the internet has. Of two that an address is in,
+/// the smaller one comes first.
+const RESERVED: [(IpAddr, u8); 24] = {
+    const fn v4(a: u8, b: u8, c: u8, bits: u8) -> (IpAddr, u8) {
+        (IpAddr::V4(Ipv4Addr::new(a, b, c, 0)), bits)
+    }
+    const fn v6(a: u16, b: u16, h: u16, bits: u8) -> (IpAddr, u8) {
+        (IpAddr::V6(Ipv6Addr::new(a, b, 0, 0, 0, 0, 0, h)), bits)
+    }
+    [
+        v4(0, 0, 0, 8),
+        v4(10, 0, 0, 8),
+        v4(127, 0, 0, 8),
+        v4(169, 254, 0, 16),
+        v4(172, 16, 0, 12),
+        v4(192, 168, 0, 16),
+        // Shared by carriers, for protocols, for documentation, for benchmarks.
+        v4(100, 64, 0, 10),
+        v4(192, 0, 0, 24),
+        v4(192, 88, 99, 24),
+        v4(192, 0, 2, 24),
+        v4(198, 51, 100, 24),
+        v4(203, 0, 113, 24),
+        v4(198, 18, 0, 15),
+        // To many, and to nobody.
+        v4(224, 0, 0, 3),
+        v6(0, 0, 1, 128),
+        v6(0xfc00, 0, 0, 7),
+        v6(0xfe80, 0, 0, 10),
+        v6(0xff00, 0, 0, 8),
+        // Protocols with Teredo, documentation, IPv4 in disguise.
+        v6(0x2001, 0, 0, 23),
+        v6(0x2001, 0xdb8, 0, 32),
+        v6(0x2002, 0, 0, 16),
+        // All else but the global ones, 2000::/3.
+        v6(0, 0, 0, 3),
+        v6(0x4000, 0, 0, 2),
+        v6(0x8000, 0, 0, 1),
+    ]
+};
+
+/// The range that `address` is in if nobody on the internet has it.
+fn reserved(address: IpAddr) -> Option<(IpAddr, u8)> {
+    RESERVED.into_iter().find(|(start, bits)| begins_like(*start, *bits, address))
 }
 
 /// Whether anybody on the internet has this address. What is not surely
 /// public is not.
 fn is_public(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => {
-            let [a, b, c, _] = address.octets();
-            !(a == 0
-                || a >= 224
-                || address.is_private()
-                || address.is_loopback()
-                || address.is_link_local()
-                // Shared by carriers, for protocols, for documentation, for benchmarks.
-                || (a == 100 && b & 0xc0 == 64)
-                || (a == 192 && b == 0 && (c == 0 || c == 2))
-                || (a == 192 && b == 88 && c == 99)
-                || (a == 198 && (b & 0xfe == 18 || (b == 51 && c == 100)))
-                || (a == 203 && b == 0 && c == 113))
-        }
-        IpAddr::V6(address) => {
-            let segments = address.segments();
-            // Global unicast, but not 2001::/23 (protocols, Teredo), 2001:db8::/32
-            // (documentation) and 2002::/16 (IPv4 in disguise).
-            segments[0] & 0xe000 == 0x2000
-                && !(segments[0] == 0x2001 && (segments[1] < 0x200 || segments[1] == 0xdb8))
-                && segments[0] != 0x2002
-        }
-    }
+    reserved(address).is_none()
 }
 
 impl Reach {
@@ -218,7 +281,6 @@ impl Reach {
             grants,
             found: Mutex::default(),
             sockets: Mutex::default(),
-            moved: AtomicU64::new(0),
             refusals: AtomicU64::new(0),
         }))
     }
@@ -276,19 +338,24 @@ impl Reach {
 
     /// Looks a granted name up.
     async fn look_up(&self, name: String) -> Result<VecDeque<IpAddr>, ErrorCode> {
-        let lookup = async {
-            // None of the two is ever closed. Held until the thread is free,
-            // which may be long after nobody waits any more.
-            let permits = (
-                Arc::clone(&self.0.grants.lookups).acquire_owned().await,
-                Arc::clone(&LOOKUPS).acquire_owned().await,
-            );
-            let name = name.clone();
-            let lookup = move || {
-                let _permits = permits;
-                (&*name, 0).to_socket_addrs().map(|addresses| addresses.collect::<Vec<_>>())
-            };
-            tokio::task::spawn_blocking(lookup).await.unwrap_or_else(|error| Err(error.into()))
+        let grants = &self.0.grants;
+        let asked = name.clone();
+        let lookup = async move {
+            // None of them is ever closed. Held until the thread ends, which
+            // may be long after nobody waits any more.
+            let own = Arc::clone(&grants.lookups).acquire_owned().await;
+            let first = Arc::clone(&grants.first_lookup).try_acquire_owned().ok();
+            let places = if first.is_some() { &FIRST_LOOKUPS } else { &LOOKUPS };
+            let permits = (own, first, Arc::clone(places).acquire_owned().await);
+            let (sender, receiver) = oneshot::channel();
+            // Not one of the runtime's, of which files have need.
+            std::thread::Builder::new().name("lookup".into()).stack_size(LOOKUP_STACK).spawn(move || {
+                let found = (&*asked, 0).to_socket_addrs().map(|addresses| addresses.collect::<Vec<_>>());
+                drop(permits);
+                // Nobody may be waiting any more.
+                let _ = sender.send(found);
+            })?;
+            receiver.await.unwrap_or_else(|error| Err(std::io::Error::other(error)))
         };
         let addresses = match tokio::time::timeout(LOOKUP_TIMEOUT, lookup).await {
             Ok(Ok(addresses)) => addresses.into_iter().map(|address| address.ip().to_canonical()),
@@ -325,12 +392,16 @@ impl Reach {
 
     /// Counts bytes that were sent or received.
     fn count(&self, bytes: usize) -> StreamResult<()> {
-        let moved = self.0.moved.fetch_add(bytes as u64, Ordering::Relaxed);
-        if moved.saturating_add(bytes as u64) <= self.0.grants.bytes {
+        let (before, after) = self.0.grants.count(bytes);
+        let granted = self.0.grants.bytes;
+        if after <= granted {
             return Ok(());
         }
-        if moved <= self.0.grants.bytes {
-            tracing::warn!(app = %self.0.app, "an instance has used up its network quota; raise it with `--network-quota`");
+        if before <= granted {
+            tracing::warn!(
+                app = %self.0.app,
+                "the network quota of this hour is used up; raise it with `--network-quota` or `limits.network`"
+            );
         }
         Err(StreamError::LastOperationFailed(wasmtime::format_err!("the network quota is used up")))
     }
@@ -661,6 +732,81 @@ mod tests {
         ] {
             assert!(!reach.allows(refused.parse().unwrap()), "{refused}");
         }
+    }
+
+    #[test]
+    fn a_wide_range_is_the_internet_only() {
+        let wide = reach(&["0.0.0.0/0:*", "[::]/0:*", "192.168.0.0/15:*", "[2000::]/3:*"]);
+        for allowed in ["93.184.216.34:443", "192.169.0.1:80", "[2606:4700::1111]:80"] {
+            assert!(wide.allows(allowed.parse().unwrap()), "{allowed}");
+        }
+        for refused in [
+            "127.0.0.1:80",
+            "0.0.0.0:80",
+            "169.254.169.254:80",
+            "10.0.0.1:80",
+            "172.31.0.1:80",
+            "192.168.0.1:80",
+            "100.64.0.1:80",
+            "224.0.0.1:80",
+            "255.255.255.255:80",
+            "[::1]:80",
+            "[::]:80",
+            "[fd00::1]:80",
+            "[fe80::1]:80",
+            "[ff02::1]:80",
+            "[2002:7f00:1::]:80",
+            "[64:ff9b::7f00:1]:80",
+            "[::ffff:127.0.0.1]:80",
+            "[::ffff:169.254.169.254]:80",
+            "[::7f00:1]:80",
+        ] {
+            assert!(!wide.allows(refused.parse().unwrap()), "{refused}");
+        }
+        // Wide, but not so wide; and the same in disguise.
+        let meant = reach(&["10.0.0.0/8:*", "[::ffff:172.16.0.0]/108:*", "[fc00::]/7:*", "[::1]:*"]);
+        for allowed in ["10.1.2.3:1", "172.31.0.1:1", "[::ffff:172.16.0.1]:1", "[fd00::1]:1", "[::1]:1"] {
+            assert!(meant.allows(allowed.parse().unwrap()), "{allowed}");
+        }
+        for refused in ["127.0.0.1:1", "[fe80::1]:1", "172.32.0.1:1", "[::2]:1"] {
+            assert!(!meant.allows(refused.parse().unwrap()), "{refused}");
+        }
+        let mapped = reach(&["[::ffff:0.0.0.0]/96:*", "[::ffff:127.0.0.1]:*"]);
+        assert!(mapped.allows("127.0.0.1:1".parse().unwrap()));
+        assert!(!mapped.allows("127.0.0.2:1".parse().unwrap()));
+    }
+
+    #[test]
+    fn a_quota_is_for_all_instances() {
+        let grants = Arc::new(NetworkGrants::new(Vec::new(), 1000));
+        let instances = [Reach::new("app".into(), Arc::clone(&grants)), Reach::new("app".into(), grants)];
+        for reach in &instances {
+            assert!(reach.count(500).is_ok());
+        }
+        let next = Reach::new("app".into(), Arc::clone(&instances[0].0.grants));
+        assert!(next.count(1).is_err());
+        // Until the next hour.
+        let hour = Instant::now().checked_sub(PERIOD).unwrap();
+        next.0.grants.moved.lock().unwrap().0 = hour;
+        assert!(next.count(1000).is_ok() && next.count(1).is_err());
+    }
+
+    #[tokio::test]
+    async fn lookups_of_others_are_in_nobodys_way() {
+        // All are taken, by name servers that do not answer.
+        let taken = Arc::clone(&LOOKUPS).acquire_many_owned(64).await.unwrap();
+        let reach = reach(&["localhost:80"]);
+        assert!(reach.look_up("localhost".into()).await.is_ok());
+        // But for those who have one of their own that is not done.
+        let own = Arc::clone(&reach.0.grants.first_lookup).acquire_owned().await.unwrap();
+        let second = tokio::spawn({
+            let reach = reach.clone();
+            async move { reach.look_up("localhost".into()).await }
+        });
+        tokio::task::yield_now().await;
+        assert!(!second.is_finished());
+        drop((own, taken));
+        assert!(second.await.unwrap().is_ok());
     }
 
     #[test]

@@ -36,6 +36,10 @@ pub struct Paths {
     pub read: Vec<PathBuf>,
     /// To read from and write to.
     pub write: Vec<PathBuf>,
+    /// To make sockets in, and to remove them.
+    pub sockets: Vec<PathBuf>,
+    /// To make sockets in that stay.
+    pub lasting_sockets: Vec<PathBuf>,
 }
 
 /// Sets up the wall around this process and says in the log what stands.
@@ -66,7 +70,7 @@ pub fn apply(sandbox: Sandbox, paths: &Paths) -> Result<()> {
             .remedy("use `--sandbox auto` to take what there is")
             .into());
     }
-    tracing::warn!("the server's own process is not confined by {missing}");
+    tracing::warn!("the server's own process is confined: {}, but not by {missing}", standing.join(", "));
     Ok(())
 }
 
@@ -76,12 +80,12 @@ mod wall {
     use std::path::Path;
 
     use landlock::{
-        ABI, Access as _, AccessFs, BitFlags, Ruleset, RulesetAttr as _, RulesetCreatedAttr as _,
-        RulesetError, RulesetStatus, path_beneath_rules,
+        ABI, Access as _, AccessFs, BitFlags, LandlockStatus, RestrictionStatus, Ruleset, RulesetAttr as _,
+        RulesetCreatedAttr as _, RulesetError, RulesetStatus, path_beneath_rules,
     };
     use seccompiler::{
         BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter,
-        SeccompRule,
+        SeccompRule, sock_filter,
     };
 
     use super::Paths;
@@ -102,20 +106,34 @@ mod wall {
     /// Where libraries are, which lookups and a compiling child load.
     const LIBRARIES: [&str; 5] = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/nix/store"];
 
+    /// The newest rights that are asked for. Older kernels do not know all.
+    const RIGHTS: ABI = ABI::V5;
+
     pub(super) fn landlock(paths: &Paths) -> Result<(), String> {
-        match restrict(paths) {
-            Ok(RulesetStatus::NotEnforced) => Err("not in this kernel".into()),
-            Ok(_) => Ok(()),
-            Err(error) => Err(error.to_string()),
+        let status = restrict(paths).map_err(|error| error.to_string())?;
+        judge(&status.ruleset, &status.landlock)
+    }
+
+    /// Whether all that was asked for holds.
+    pub(super) fn judge(ruleset: &RulesetStatus, kernel: &LandlockStatus) -> Result<(), String> {
+        match (ruleset, kernel) {
+            (RulesetStatus::FullyEnforced, _) => Ok(()),
+            (RulesetStatus::PartiallyEnforced, LandlockStatus::Available { effective_abi, .. }) => {
+                let missing = AccessFs::from_all(RIGHTS) & !AccessFs::from_all(*effective_abi);
+                Err(format!("in part only: this kernel does not check {missing:?}"))
+            }
+            (RulesetStatus::PartiallyEnforced, _) => Err("in part only".into()),
+            (RulesetStatus::NotEnforced, _) => Err("not in this kernel".into()),
         }
     }
 
-    fn restrict(paths: &Paths) -> Result<RulesetStatus, RulesetError> {
-        // Rights that older kernels do not know are left out.
-        let abi = ABI::V5;
+    fn restrict(paths: &Paths) -> Result<RestrictionStatus, RulesetError> {
+        let abi = RIGHTS;
         let run = AccessFs::from_read(abi);
         let read = run & !AccessFs::Execute;
         let write = AccessFs::from_all(abi) & !(AccessFs::Execute | AccessFs::MakeChar | AccessFs::MakeBlock);
+        let lasting_sockets = read | AccessFs::MakeSock;
+        let sockets = lasting_sockets | AccessFs::RemoveFile;
         fn rules<P: AsRef<Path>>(
             paths: impl IntoIterator<Item = P>,
             access: BitFlags<AccessFs>,
@@ -125,7 +143,7 @@ mod wall {
         }
         // A compiling child is this program itself.
         let program = std::env::current_exe().ok();
-        let status = Ruleset::default()
+        Ruleset::default()
             .handle_access(AccessFs::from_all(abi))?
             .create()?
             .add_rules(rules(SYSTEM, read))?
@@ -133,12 +151,13 @@ mod wall {
             .add_rules(rules(program, run))?
             .add_rules(rules(&paths.read, read))?
             .add_rules(rules(&paths.write, write))?
-            .restrict_self()?;
-        Ok(status.ruleset)
+            .add_rules(rules(&paths.sockets, sockets))?
+            .add_rules(rules(&paths.lasting_sockets, lasting_sockets))?
+            .restrict_self()
     }
 
     /// System calls that no part of the server makes once it runs.
-    const FORBIDDEN: [libc::c_long; 60] = [
+    const FORBIDDEN: [libc::c_long; 62] = [
         // Other processes.
         libc::SYS_ptrace,
         libc::SYS_process_vm_readv,
@@ -203,17 +222,62 @@ mod wall {
         libc::SYS_setdomainname,
         libc::SYS_settimeofday,
         libc::SYS_clock_settime,
+        libc::SYS_clock_adjtime,
         libc::SYS_adjtimex,
+        libc::SYS_quotactl_fd,
+    ];
+    /// The same, where there is such a thing.
+    #[cfg(target_arch = "x86_64")]
+    const FORBIDDEN_HERE: [libc::c_long; 5] =
+        [libc::SYS_mknod, libc::SYS_iopl, libc::SYS_ioperm, libc::SYS_modify_ldt, libc::SYS_kexec_file_load];
+    #[cfg(not(target_arch = "x86_64"))]
+    const FORBIDDEN_HERE: [libc::c_long; 0] = [];
+
+    /// What makes a new process or thread a new namespace too.
+    pub(super) const NAMESPACES: [libc::c_int; 7] = [
+        libc::CLONE_NEWNS,
+        libc::CLONE_NEWCGROUP,
+        libc::CLONE_NEWUTS,
+        libc::CLONE_NEWIPC,
+        libc::CLONE_NEWUSER,
+        libc::CLONE_NEWPID,
+        libc::CLONE_NEWNET,
     ];
 
     pub(super) fn seccomp() -> Result<(), String> {
-        let program = filter().map_err(|error| error.to_string())?;
-        seccompiler::apply_filter_all_threads(&program).map_err(|error| error.to_string())
+        for program in filters().map_err(|error| error.to_string())? {
+            seccompiler::apply_filter_all_threads(&program).map_err(|error| error.to_string())?;
+        }
+        Ok(())
     }
 
-    pub(super) fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
+    pub(super) fn filters() -> Result<[BpfProgram; 2], seccompiler::BackendError> {
+        Ok([absent(), filter()?])
+    }
+
+    /// Calls that look as if this kernel had none such. seccompiler compares
+    /// numbers for equality only, so this one is written by hand.
+    fn absent() -> BpfProgram {
+        let (load, jump_equal, jump_from, end) = (0x20, 0x15, 0x35, 0x06);
+        let then = |code, jt, jf, k| sock_filter { code, jt, jf, k };
+        let clone3 = u32::try_from(libc::SYS_clone3).unwrap_or(u32::MAX);
+        vec![
+            // The number of the call.
+            then(load, 0, 0, 0),
+            // Its flags are behind a pointer, where no filter can look. The C
+            // library then takes `clone`.
+            then(jump_equal, 1, 0, clone3),
+            // On x86-64 the second set of numbers, for x32 programs. It has all
+            // calls again, and no 64-bit program uses it.
+            then(jump_from, 0, 1, 0x4000_0000),
+            then(end, 0, 0, libc::SECCOMP_RET_ERRNO | libc::ENOSYS as u32),
+            then(end, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ]
+    }
+
+    fn filter() -> Result<BpfProgram, seccompiler::BackendError> {
         let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-            FORBIDDEN.into_iter().map(|call| (call, Vec::new())).collect();
+            FORBIDDEN.into_iter().chain(FORBIDDEN_HERE).map(|call| (call, Vec::new())).collect();
         // Sockets but for the internet's and local ones; netlink is how a
         // lookup finds out which of IPv4 and IPv6 there is.
         let other_families = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK]
@@ -221,31 +285,42 @@ mod wall {
             .map(|family| SeccompCondition::new(0, SeccompCmpArgLen::Dword, SeccompCmpOp::Ne, family as u64))
             .collect::<Result<_, _>>()?;
         rules.insert(libc::SYS_socket, vec![SeccompRule::new(other_families)?]);
+        let namespaces = NAMESPACES.into_iter().map(|flag| {
+            let is_set = SeccompCmpOp::MaskedEq(flag as u64);
+            SeccompRule::new(vec![SeccompCondition::new(0, SeccompCmpArgLen::Dword, is_set, flag as u64)?])
+        });
+        rules.insert(libc::SYS_clone, namespaces.collect::<Result<_, _>>()?);
         let refused = SeccompAction::Errno(libc::EPERM as u32);
         SeccompFilter::new(rules, SeccompAction::Allow, refused, std::env::consts::ARCH.try_into()?)?
             .try_into()
     }
 }
 
+/// Runs `act` confined, in a thread of its own, since what is taken from it
+/// does not come back. Not at all on a kernel that can not.
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+pub fn confined(paths: &Paths, act: impl FnOnce() + Send + 'static) {
+    let paths = paths.clone();
+    let thread = std::thread::spawn(move || {
+        if let Err(reason) = wall::landlock(&paths) {
+            assert!(reason.contains("not in this kernel") || reason.contains("in part only"), "{reason}");
+            if reason.contains("not in this kernel") {
+                return;
+            }
+        }
+        for filter in wall::filters().unwrap() {
+            seccompiler::apply_filter(&filter).unwrap();
+        }
+        act();
+    });
+    thread.join().unwrap();
+}
+
 #[cfg(test)]
 #[cfg(target_os = "linux")]
 mod tests {
     use super::*;
-
-    /// In a thread of its own, since what is taken from it does not come back.
-    fn confined(paths: &Paths, act: impl FnOnce() + Send + 'static) {
-        let paths = paths.clone();
-        let thread = std::thread::spawn(move || {
-            if let Err(reason) = wall::landlock(&paths) {
-                // A kernel without it has nothing to test.
-                assert!(reason.contains("not in this kernel"), "{reason}");
-                return;
-            }
-            seccompiler::apply_filter(&wall::filter().unwrap()).unwrap();
-            act();
-        });
-        thread.join().unwrap();
-    }
 
     #[test]
     fn only_the_paths_in_use_are_left() {
@@ -254,7 +329,8 @@ mod tests {
         for directory in [&granted, &read, &other] {
             std::fs::write(directory.path().join("f"), "x").unwrap();
         }
-        let paths = Paths { read: vec![read.path().into()], write: vec![granted.path().into()] };
+        let paths =
+            Paths { read: vec![read.path().into()], write: vec![granted.path().into()], ..Paths::default() };
         let (granted, read, other) =
             (granted.path().to_path_buf(), read.path().to_path_buf(), other.path().to_path_buf());
         confined(&paths, move || {
@@ -270,6 +346,54 @@ mod tests {
             assert!(std::net::TcpListener::bind("127.0.0.1:0").is_ok());
             std::thread::spawn(|| ()).join().unwrap();
         });
+    }
+
+    #[test]
+    fn a_wall_with_gaps_is_not_whole() {
+        use landlock::{ABI, LandlockStatus, RulesetStatus};
+        let old = LandlockStatus::Available { effective_abi: ABI::V2, kernel_abi: None };
+        assert_eq!(wall::judge(&RulesetStatus::FullyEnforced, &old), Ok(()));
+        let gaps = wall::judge(&RulesetStatus::PartiallyEnforced, &old).unwrap_err();
+        assert!(gaps.contains("Truncate") && gaps.contains("IoctlDev") && !gaps.contains("Refer"), "{gaps}");
+        assert!(wall::judge(&RulesetStatus::NotEnforced, &old).is_err());
+    }
+
+    #[test]
+    fn no_door_leads_to_a_new_namespace() {
+        // In another program, so that it can make any call by its number.
+        let script = format!(
+            r#"
+import ctypes, os, subprocess, threading
+libc = ctypes.CDLL(None, use_errno=True)
+def call(number, *arguments):
+    before, made = os.getpid(), libc.syscall(ctypes.c_long(number), *arguments, 0, 0, 0, 0)
+    if os.getpid() != before or made == 0:
+        os._exit(0)
+    return ctypes.get_errno() if made == -1 else made
+print(call({clone3}), *[call({clone}, flag | 17) for flag in ({namespaces})], call({unshare}, {user}))
+print(call(0x40000000 | 39))
+thread = threading.Thread(target=lambda: print("thread"), daemon=True)
+thread.start()
+thread.join()
+print(subprocess.run(["true"]).returncode, os.waitstatus_to_exitcode(os.waitpid(os.posix_spawn("/bin/true", ["true"], {{}}), 0)[1]))
+"#,
+            clone3 = libc::SYS_clone3,
+            clone = libc::SYS_clone,
+            unshare = libc::SYS_unshare,
+            user = libc::CLONE_NEWUSER,
+            namespaces = wall::NAMESPACES.map(|flag| flag.to_string()).join(", "),
+        );
+        let thread = std::thread::spawn(move || {
+            for filter in wall::filters().unwrap() {
+                seccompiler::apply_filter(&filter).unwrap();
+            }
+            std::process::Command::new("python3").arg("-c").arg(script).output().unwrap()
+        });
+        let output = thread.join().unwrap();
+        let said = String::from_utf8_lossy(&output.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        // ENOSYS is 38, EPERM 1.
+        assert_eq!(said, "38 1 1 1 1 1 1 1 1\n38\nthread\n0 0\n", "{errors}");
     }
 }
 

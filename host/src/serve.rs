@@ -23,7 +23,7 @@ use crate::error::UserError;
 use crate::forwarded::Proxies;
 use crate::front::Front;
 use crate::listener::{self, Address, Inherited, Listener};
-use crate::sandbox::{self, Paths};
+use crate::sandbox::{self, Paths, Sandbox};
 use crate::scheduler::processors;
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
@@ -169,6 +169,8 @@ struct Plan {
     bind: Vec<String>,
     control: Option<PathBuf>,
     state: Option<PathBuf>,
+    /// Directories below which apps and data of later tenants may lie.
+    roots: Vec<PathBuf>,
     /// Instances that there is room for.
     instances: u32,
     source: Source,
@@ -183,11 +185,16 @@ impl Plan {
         };
         if let Some(path) = args.config.clone() {
             let config = config::load(&path)?;
-            let state = config.state.unwrap_or_else(|| path.with_extension("state.json"));
+            let state = config.state.unwrap_or_else(|| {
+                // In a directory of its own: the server may write there.
+                let name = path.with_extension("json");
+                path.with_file_name("state").join(name.file_name().unwrap_or_default())
+            });
             return Ok(Plan {
                 bind: bind(config.bind),
                 control: config.control,
                 state: Some(state),
+                roots: config.roots,
                 instances: config.instances,
                 watched: vec![path.clone()],
                 source: Box::new(move || Ok(config::load(&path)?.tenants)),
@@ -199,6 +206,7 @@ impl Plan {
                 bind: bind(Vec::new()),
                 control: None,
                 state: None,
+                roots: Vec::new(),
                 instances: config::DEFAULT_TOTAL_INSTANCES,
                 watched: vec![directory.clone()],
                 source: Box::new(move || config::load_directory(&directory)),
@@ -228,6 +236,7 @@ impl Plan {
             bind: bind(Vec::new()),
             control: None,
             state: None,
+            roots: Vec::new(),
             // As many again may stand prepared: see `Pool::prepare`.
             instances: u32::from(args.instances) * 2,
             watched: Vec::new(),
@@ -236,36 +245,101 @@ impl Plan {
     }
 }
 
-/// The paths that the server uses while it serves.
+/// The paths that the server uses while it serves. What it may write to never
+/// has the configuration in it: whoever can write that grants himself all.
 fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Address]) -> Result<Paths> {
-    let parent = |path: &Path| match path.parent() {
+    let mut configured = Vec::new();
+    for path in &plan.watched {
+        // Also where a link to it leads.
+        for path in [Some(path.clone()), path.canonicalize().ok()].into_iter().flatten() {
+            configured.push(if path.is_dir() { path } else { parent(&path) });
+        }
+    }
+    let has_configuration = |path: &Path| {
+        let path = path.canonicalize();
+        path.is_ok_and(|path| {
+            configured.iter().any(|own| own.canonicalize().is_ok_and(|own| own.starts_with(&path)))
+        })
+    };
+    let mut paths = Paths { write: vec![cache.root().to_path_buf()], ..Paths::default() };
+    let mut write = |what: &str, path: PathBuf| {
+        if args.sandbox != Sandbox::Off && has_configuration(&path) {
+            return Err(UserError::new(format!(
+                "{what} in `{}` would let the server write to its own configuration",
+                path.display()
+            ))
+            .remedy("choose a directory beside the configuration or below, or give `--sandbox off`"));
+        }
+        paths.write.push(path);
+        Ok(())
+    };
+    for tenant in (plan.source)()? {
+        paths.read.push(parent(&tenant.app));
+        paths.read.extend(tenant.static_files.into_values());
+        paths.read.extend(tenant.secrets.iter().map(|path| parent(path)));
+        if let Some((path, _)) = tenant.files.data {
+            write(&format!("the data of `{}`", tenant.name), path)?;
+        }
+    }
+    // Tenants come while the server runs.
+    for root in &plan.roots {
+        write("a root", root.clone())?;
+    }
+    for directory in &configured {
+        write("data", directory.join("data"))?;
+    }
+    if let Some(state) = &plan.state {
+        paths.read.extend(deployed(state).iter().map(|app| parent(app)));
+        // Nobody else changes it.
+        if plan.control.is_some() {
+            let directory = parent(state);
+            if let Err(error) = std::fs::create_dir_all(&directory) {
+                tracing::warn!("failed to create `{}` for the state: {error}", directory.display());
+            }
+            write("the state", directory)?;
+        }
+    }
+    let sockets = addresses.iter().filter_map(|address| match address {
+        Address::Unix(path) => Some(path.as_path()),
+        Address::Tcp(..) => None,
+    });
+    for socket in sockets.chain(plan.control.as_deref()) {
+        let directory = parent(socket);
+        if has_configuration(&directory) {
+            // While it still can.
+            listener::remove_stale_socket(socket);
+            paths.lasting_sockets.push(directory);
+        } else {
+            paths.sockets.push(directory);
+        }
+    }
+    let http = &args.http;
+    let statics = http.static_files.iter().filter_map(|text| text.split_once('='));
+    paths.read.extend(statics.map(|(_, directory)| directory.into()));
+    let certificates = http.tls_cert.iter().chain(&http.tls_key).chain(&http.tls_client_ca);
+    paths.read.extend(certificates.map(|path| parent(path)));
+    paths.read.extend(configured);
+    Ok(paths)
+}
+
+/// The apps that `ctl` has deployed before.
+fn deployed(state: &Path) -> Vec<PathBuf> {
+    let text = std::fs::read(state).unwrap_or_default();
+    let state = serde_json::from_slice::<serde_json::Value>(&text).unwrap_or_default();
+    let apps = state.get("apps").and_then(serde_json::Value::as_object);
+    apps.into_iter()
+        .flat_map(|apps| apps.values())
+        .filter_map(|app| app.as_str())
+        .map(PathBuf::from)
+        .collect()
+}
+
+/// The directory that `path` is in.
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
         _ => PathBuf::from("."),
-    };
-    let mut write = vec![cache.root().to_path_buf()];
-    let statics = args.http.static_files.iter().filter_map(|text| text.split_once('='));
-    let mut read: Vec<PathBuf> = statics.map(|(_, directory)| directory.into()).collect();
-    for tenant in (plan.source)()? {
-        read.push(parent(&tenant.app));
-        read.extend(tenant.static_files.into_values());
-        write.extend(tenant.files.data.map(|(path, _)| path));
     }
-    write.extend(addresses.iter().filter_map(|address| match address {
-        Address::Unix(path) => Some(parent(path)),
-        Address::Tcp(..) => None,
-    }));
-    write.extend(plan.control.as_deref().map(parent));
-    write.extend(plan.state.as_deref().map(parent));
-    let http = &args.http;
-    let certificates = http.tls_cert.iter().chain(&http.tls_key).chain(&http.tls_client_ca);
-    read.extend(certificates.map(|path| parent(path)));
-    if !plan.watched.is_empty() {
-        // Tenants come while the server runs: their apps from anywhere, their
-        // data directories below the one with the configuration.
-        read.push("/".into());
-        write.extend(plan.watched.iter().map(|path| if path.is_dir() { path.clone() } else { parent(path) }));
-    }
-    Ok(Paths { read, write })
 }
 
 /// What the server does besides answering.
@@ -363,6 +437,95 @@ async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Re
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
             (Err(_), _) => return,
+        }
+    }
+}
+
+#[cfg(test)]
+#[cfg(target_os = "linux")]
+mod tests {
+    use super::*;
+    use crate::cli::{Cli, Command};
+    use clap::Parser as _;
+
+    fn paths(arguments: &[&str], path: &Path) -> Result<Paths> {
+        let path = path.to_str().unwrap();
+        let cli = Cli::try_parse_from(["wsgi-wasm", "serve"].iter().chain(arguments).chain(&[path])).unwrap();
+        let Command::Serve(args) = cli.command else { panic!("another command") };
+        let cache = Cache::open()?;
+        let plan = Plan::new(&args, &cache)?;
+        let addresses = plan.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
+        paths_in_use(&args, &plan, &cache, &addresses)
+    }
+
+    /// A configuration with a tenant and `server`, in a directory of its own
+    /// that is in the one returned.
+    fn platform(server: &str) -> (tempfile::TempDir, PathBuf) {
+        let outer = tempfile::tempdir().unwrap();
+        let inner = outer.path().join("platform");
+        for directory in ["apps", "secrets", "data/a", "store/later"] {
+            std::fs::create_dir_all(inner.join(directory)).unwrap();
+        }
+        for file in ["apps/a.wasm", "secrets/a", "../other"] {
+            std::fs::write(inner.join(file), "x").unwrap();
+        }
+        let config = format!(
+            "[server]\n{server}\n[[tenant]]\nname = \"a\"\napp = \"apps/a.wasm\"\n\
+             secrets = {{ KEY = {{ file = \"secrets/a\" }} }}\ndata = {{ path = \"data/a\" }}\n"
+        );
+        std::fs::write(inner.join("wsgi-wasm.toml"), config).unwrap();
+        (outer, inner)
+    }
+
+    #[test]
+    fn a_server_can_not_write_its_own_configuration() {
+        let (_outer, inner) = platform("control = \"unix:control.sock\"\nroots = [\"store\"]");
+        let stale = std::os::unix::net::UnixListener::bind(inner.join("control.sock")).unwrap();
+        drop(stale);
+        let paths = paths(&["--config"], &inner.join("wsgi-wasm.toml")).unwrap();
+        sandbox::confined(&paths, move || {
+            let config = inner.join("wsgi-wasm.toml");
+            assert!(config::load(&config).is_ok());
+            assert!(std::fs::write(&config, "").is_err());
+            assert!(std::fs::remove_file(&config).is_err());
+            assert!(std::fs::rename(inner.join("data"), &config).is_err());
+            for file in ["wsgi-wasm.toml2", "apps/a.wasm", "apps/b.wasm", "secrets/a"] {
+                assert!(std::fs::write(inner.join(file), "evil").is_err(), "{file}");
+            }
+            assert!(std::fs::read(inner.join("../other")).is_err());
+            assert!(std::fs::read_dir("/").is_err());
+            // What it needs.
+            for file in ["data/a/x", "data/new", "store/later/app.wasm", "state/wsgi-wasm.json"] {
+                std::fs::write(inner.join(file), "x").unwrap();
+                std::fs::remove_file(inner.join(file)).unwrap();
+            }
+            assert!(std::os::unix::net::UnixListener::bind(inner.join("control.sock")).is_ok());
+            assert!(std::fs::read(inner.join("apps/a.wasm")).is_ok());
+        });
+    }
+
+    #[test]
+    fn a_directory_of_tenants_can_not_be_written() {
+        let (_outer, inner) = platform("");
+        let apps = inner.join("apps");
+        std::fs::create_dir(apps.join("data")).unwrap();
+        std::fs::write(apps.join("a.toml"), "secrets = { KEY = { file = \"../secrets/a\" } }").unwrap();
+        let paths = paths(&["--tenants"], &apps).unwrap();
+        sandbox::confined(&paths, move || {
+            assert!(config::load_directory(&apps).is_ok());
+            assert!(std::fs::write(apps.join("a.toml"), "").is_err());
+            assert!(std::fs::write(apps.join("b.wasm"), "").is_err());
+            std::fs::write(apps.join("data/x"), "").unwrap();
+        });
+    }
+
+    #[test]
+    fn what_would_have_the_configuration_written_is_refused() {
+        for server in ["roots = [\".\"]", "roots = [\"..\"]", "control = \"unix:c\"\nstate = \"s.json\""] {
+            let (_outer, inner) = platform(server);
+            let refused = paths(&["--config"], &inner.join("wsgi-wasm.toml")).unwrap_err();
+            assert!(refused.to_string().contains("write to its own configuration"), "{refused}");
+            assert!(paths(&["--sandbox", "off", "--config"], &inner.join("wsgi-wasm.toml")).is_ok());
         }
     }
 }

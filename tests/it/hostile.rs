@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use serde_json::Value;
 
 use crate::harness::{Connection, Finished, Response, Server, guest, run, wsgi_wasm};
-use crate::raw::{Script, raw_guest, save};
+use crate::raw::{Calls, Script, handles, raw_guest, save};
 
 const OK: &str = "Status: 200 OK\r\n\r\nfine";
 const HEAD: &str = "Status: 200 OK\r\n\r\n";
@@ -712,5 +712,417 @@ fn instances_that_rest_make_room_for_others() {
     assert_eq!(arena.status("victim")["state"], "serving");
     drop(busy);
     arena.ctl(&["drain", "hostile"]).success();
+    arena.finish();
+}
+
+#[test]
+fn key_derivations_of_others_hold_up_nobodys_login() {
+    let directory = tempfile::tempdir().unwrap();
+    let app = guest("behaviours");
+    let mut config = String::from("[server]\ncontrol = \"unix:control.sock\"\n");
+    for name in ["victim", "one", "two"] {
+        config += &format!(
+            "[[tenant]]\nname = {name:?}\napp = {app:?}\nhosts = [{name:?}]\nlimits = {{ timeout = \"8s\" }}\n"
+        );
+    }
+    let path = directory.path().join("wsgi-wasm.toml");
+    std::fs::write(&path, config).unwrap();
+    let server = Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(path));
+    let arena = Arena { directory, server };
+    // A cost of some ten milliseconds, and one of some scrypt passes.
+    let login = "import hashlib\nresult = [hashlib.pbkdf2_hmac('sha256', b'p', b's', 20_000).hex(), \
+                 hashlib.scrypt(b'p', salt=b's', n=1 << 12, r=8, p=1).hex()]";
+    let hash = || ask(&mut arena.server.connect(), "victim", "POST", "/run", login.as_bytes()).ok();
+    let expected = hash();
+    // The most that one call may ask for, again and again, in many instances.
+    let attacks = [
+        "pbkdf2_hmac('sha512', b'p', b's', 5_000_000)",
+        "pbkdf2_hmac('sha3_512', b'p', b's', 5_000_000)",
+        "pbkdf2_hmac('sha224', b'p', bytes(1 << 16), 1, 65_536)",
+        "scrypt(b'p', salt=b's', n=1 << 17, r=8, p=1, maxmem=1 << 30)",
+    ];
+    let mut busy = Vec::new();
+    for name in ["one", "two"] {
+        for attack in attacks {
+            let code = format!("import hashlib\nwhile True:\n    hashlib.{attack}");
+            let mut connection = arena.server.connect();
+            send(&mut connection, name, "POST", "/run", code.as_bytes());
+            busy.push(connection);
+        }
+    }
+    let at_work = |name| arena.status(name)["in_work"] == attacks.len();
+    while !(at_work("one") && at_work("two")) {}
+    for _ in 0..5 {
+        let start = std::time::Instant::now();
+        assert_eq!(hash(), expected);
+        assert!(start.elapsed().as_secs() < 4, "a login took {:?}", start.elapsed());
+    }
+    for mut connection in busy {
+        assert_eq!(connection.read_response("POST").status, 504);
+    }
+    // What costs more than it seems to is refused.
+    for attack in [
+        "hashlib.pbkdf2_hmac('sha224', b'p', bytes(4_000_000), 1, 65_536)",
+        "kdf._derivation.pbkdf2_hmac('sha224', b'p', bytes(4_000_000), 1, 65_536)",
+        "hashlib.pbkdf2_hmac('sha224', b'p', bytes(1 << 16), 3000, 65_536)",
+        "hashlib.scrypt(b'p', salt=bytes(1 << 16), n=2, r=1 << 17, p=1, maxmem=1 << 30)",
+    ] {
+        let code = [
+            "import hashlib\nfrom wsgi_wasm import kdf\ntry:\n    ",
+            attack,
+            "\nexcept ValueError:\n    result = 'refused'",
+        ];
+        let refused = ask(&mut arena.server.connect(), "one", "POST", "/run", code.concat().as_bytes());
+        assert_eq!(refused.ok(), "\"refused\"", "{attack}");
+    }
+    assert_eq!(hash(), expected);
+    arena.server.finish();
+}
+
+/// A server with the raw guest `handles`, which has `/tmp`, `/data` and a
+/// connection to a port, and what that is.
+fn arena_with_handles(data: &Path) -> (Arena, u32) {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || listener.incoming().map(Result::unwrap).collect::<Vec<_>>());
+    let settings = format!(
+        "data = {{ path = {data:?}, quota = \"8MiB\", files = 1000 }}\nisolation = \"request\"\n\
+         network = [\"127.0.0.1:{port}\", \"localhost:{port}\"]\n\
+         limits = {{ timeout = \"4s\", memory = \"64MiB\", tmp = \"8MiB\" }}"
+    );
+    (Arena::start(&[("handles", &settings)]), port.into())
+}
+
+/// What became of the calls: `+` or `-` for each.
+#[track_caller]
+fn signs(arena: &Arena, what: &str, calls: &Calls) -> String {
+    let response = arena.post("handles", &calls.bytes());
+    assert_eq!(response.status, 200, "{what}: {}", response.text());
+    response.text().chars().step_by(2).collect()
+}
+
+#[test]
+fn names_by_hand_lead_nowhere() {
+    let outer = tempfile::tempdir().unwrap();
+    std::fs::write(outer.path().join("secret"), "x").unwrap();
+    let data = outer.path().join("data");
+    std::fs::create_dir(&data).unwrap();
+    let (arena, _) = arena_with_handles(&data);
+    let (long, deep, up) = ("x".repeat(60_000), "x/".repeat(20_000), "../".repeat(10_000));
+    arena.during(|| {
+        for name in [
+            "..",
+            "../secret",
+            "../data/../secret",
+            "d/../../secret",
+            "/",
+            "/etc/passwd",
+            "//etc/passwd",
+            "",
+            "\0",
+            "a\0b",
+            "../secret\0",
+            &long,
+            &deep,
+            &up,
+            &format!("{up}etc/passwd"),
+        ] {
+            let mut calls = Calls::with_directories();
+            for directory in [0, 1] {
+                calls = calls.open(directory, name);
+                for operation in [
+                    handles::MAKE_DIRECTORY,
+                    handles::REMOVE_DIRECTORY,
+                    handles::UNLINK,
+                    handles::READ_LINK,
+                    handles::SYMLINK,
+                    handles::LINK,
+                ] {
+                    calls = calls.on(operation, directory).bytes_at(1, name).bytes_at(3, "new");
+                }
+                calls = calls.on(handles::RENAME, directory).bytes_at(1, name).register(3, 1 - directory);
+            }
+            let shown: String = name.chars().take(30).collect();
+            assert_eq!(signs(&arena, &shown, &calls), "-".repeat(16), "{shown:?}");
+        }
+        // No way leads from one mount to the other, or is a link.
+        let calls = Calls::with_directories().open(0, "f").open(1, "g").on(handles::RENAME, 0);
+        let calls = calls.bytes_at(1, "f").register(3, 1).on(handles::SYMLINK, 1).bytes_at(1, "../secret");
+        let calls = calls.bytes_at(3, "s").on(handles::LINK, 1).bytes_at(1, "g").bytes_at(3, "h");
+        assert_eq!(signs(&arena, "links", &calls), "++---");
+        let name = arena
+            .post("handles", &Calls::with_directories().on(handles::UNLINK, 1).bytes_at(1, b"\xff").bytes());
+        arena.assert_refused("no text", &name, 500, "utf-8");
+    });
+    let names: Vec<_> =
+        std::fs::read_dir(outer.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 2, "{names:?}");
+    assert_eq!(std::fs::read_dir(&data).unwrap().count(), 1);
+    arena.finish();
+}
+
+#[test]
+fn files_by_hand_take_no_number_too_far() {
+    let data = tempfile::tempdir().unwrap();
+    let (arena, _) = arena_with_handles(data.path());
+    let far = [u64::MAX, u64::MAX - 3, 1 << 63, (1 << 63) - 1, 1 << 48];
+    arena.during(|| {
+        for directory in [0, 1] {
+            let start = || Calls::with_directories().open(directory, "f").keep(2);
+            for number in far {
+                let what = format!("{number} in {directory}");
+                let calls = start().on(handles::SET_SIZE, 2).numbers(number, 0);
+                let calls = calls.on(handles::WRITE, 2).bytes_at(1, "xxxxxx").numbers(number, 0);
+                // In memory a hole costs nothing, and has to be no burden either.
+                let holes = directory == 0 && number < 1 << 63;
+                let expected = if holes { ["++-", "+++"] } else { ["+--"; 2] };
+                assert!(expected.contains(&&*signs(&arena, &what, &calls)), "{what}");
+                let calls =
+                    calls.on(handles::READ, 2).numbers(u64::MAX, 0).on(handles::READ_STREAM, 2).keep(3);
+                let calls = calls.on(handles::WAIT_AND_TAKE, 3).numbers(u64::MAX, 0);
+                let calls = calls.on(handles::SKIP, 3).numbers(u64::MAX, 0);
+                assert!(signs(&arena, &what, &calls)[3..].starts_with("++"), "{what}");
+                // An end, or an error: but an answer.
+                let calls = start().on(handles::READ, 2).numbers(number, number);
+                let calls =
+                    calls.on(handles::READ, 2).numbers(number, 0).on(handles::READ, 2).numbers(1, number);
+                let calls = calls.on(handles::ADVISE, 2).numbers(number, number).on(handles::SYNC, 2);
+                let calls = calls.on(handles::READ_STREAM, 2).numbers(number, 0).keep(3);
+                let calls = calls.on(handles::TAKE, 3).numbers(number, 0).on(handles::WAIT_AND_TAKE, 3);
+                let calls = calls.numbers(number, 0).on(handles::SKIP, 3).numbers(number, 0);
+                assert!(signs(&arena, &what, &calls).starts_with('+'));
+                let calls = start().on(handles::WRITE_STREAM, 2).numbers(number, 0).keep(3);
+                let calls = calls.on(handles::CHECK_WRITE, 3).on(handles::PUT, 3).bytes_at(1, "xxxxxx");
+                let calls = calls.on(handles::FLUSH, 3).on(handles::CHECK_WRITE, 3);
+                let written = if holes { "++++" } else { "++++-" };
+                assert!(signs(&arena, &what, &calls).starts_with(written), "{what}");
+                let calls = start().on(handles::READ_STREAM, 2).keep(3).on(handles::APPEND_STREAM, 2).keep(4);
+                let calls = calls.on(handles::SPLICE, 4).register(1, 3).numbers(number, 0);
+                let calls = calls.on(handles::SPLICE_AND_WAIT, 4).register(1, 3).numbers(number, 0);
+                assert!(signs(&arena, &what, &calls).starts_with("+++"));
+            }
+        }
+        for (what, calls, logged) in [
+            (
+                "more than may be written",
+                Calls::with_directories()
+                    .open(0, "f")
+                    .keep(2)
+                    .on(handles::WRITE_STREAM, 2)
+                    .keep(3)
+                    .on(handles::PUT, 3)
+                    .bytes_at(1, "xxx")
+                    .times(1000),
+                "trapped",
+            ),
+            (
+                "zeroes without end",
+                Calls::with_directories()
+                    .open(0, "f")
+                    .keep(2)
+                    .on(handles::WRITE_STREAM, 2)
+                    .keep(3)
+                    .on(handles::ZEROES, 3)
+                    .numbers(u64::MAX, 0),
+                "trapped",
+            ),
+        ] {
+            let response = arena.post("handles", &calls.bytes());
+            if response.status != 200 {
+                arena.assert_refused(what, &response, 500, logged);
+            }
+        }
+        // A stream without end is one until there is no room.
+        for directory in [0, 1] {
+            let calls =
+                Calls::with_directories().open(directory, "g").keep(2).on(handles::APPEND_STREAM, 2).keep(3);
+            let calls = calls.on(handles::PUT_AND_WAIT, 3).bytes_at(1, vec![b'x'; 4000]).times(3000);
+            assert_eq!(signs(&arena, "no end", &calls), "++-");
+        }
+    });
+    assert!(arena.peak() < 400 * MIB, "{} MiB", arena.peak() / MIB);
+    arena.finish();
+}
+
+#[test]
+fn handles_without_end_or_order_cost_one_instance() {
+    let data = tempfile::tempdir().unwrap();
+    std::fs::write(data.path().join("f"), vec![b'x'; 1 << 20]).unwrap();
+    let (arena, _) = arena_with_handles(data.path());
+    let before = arena.descriptors();
+    let start = |directory| Calls::with_directories().open(directory, "f").keep(2);
+    let polled = |directory| {
+        let calls = start(directory).on(handles::READ_STREAM, 2).keep(3);
+        calls.on(handles::POLL_INPUT, 3).keep(4)
+    };
+    arena.during(|| {
+        for directory in [0, 1] {
+            for (what, calls, expected) in [
+                ("listings", start(directory).on(handles::LIST, directory).times(1500), "+-"),
+                ("files", start(directory).open(directory, "f").times(1500), "+-"),
+                ("streams", start(directory).on(handles::READ_STREAM, 2).times(1500), "+-"),
+                ("writers", start(directory).on(handles::WRITE_STREAM, 2).times(1500), "+-"),
+                (
+                    "a listing that is asked on and on",
+                    start(directory)
+                        .on(handles::LIST, directory)
+                        .keep(3)
+                        .on(handles::NEXT_ENTRY, 3)
+                        .times(5000),
+                    "+++",
+                ),
+                (
+                    "a stream after its file",
+                    start(directory)
+                        .on(handles::READ_STREAM, 2)
+                        .keep(3)
+                        .on(handles::DROP_DESCRIPTOR, 2)
+                        .on(handles::WAIT_AND_TAKE, 3)
+                        .numbers(0, 0)
+                        .on(handles::DROP_INPUT, 3),
+                    "+++++",
+                ),
+            ] {
+                assert_eq!(signs(&arena, what, &calls), expected, "{what} in {directory}");
+            }
+            for (what, calls, status, logged) in [
+                ("pollables", polled(directory).on(handles::POLL_INPUT, 3).times(1500), 500, "trapped"),
+                ("a parent before its child", polled(directory).on(handles::DROP_INPUT, 3), 500, "children"),
+                (
+                    "a writer before its pollable",
+                    start(directory)
+                        .on(handles::WRITE_STREAM, 2)
+                        .keep(3)
+                        .on(handles::POLL_OUTPUT, 3)
+                        .on(handles::DROP_OUTPUT, 3),
+                    500,
+                    "children",
+                ),
+                (
+                    "a pollable twice",
+                    polled(directory).on(handles::DROP_POLLABLE, 4).times(2),
+                    500,
+                    "trapped",
+                ),
+                (
+                    "a file after its end",
+                    start(directory).on(handles::DROP_DESCRIPTOR, 2).on(handles::SYNC, 2),
+                    500,
+                    "trapped",
+                ),
+                ("one kind for another", start(directory).on(handles::TAKE, 2), 500, "trapped"),
+                ("a listing that is a file", start(directory).on(handles::DROP_LISTING, 2), 500, "trapped"),
+                ("a handle of nobody", Calls::new().call(handles::SYNC).number(0, u32::MAX), 500, "trapped"),
+                (
+                    "polls without end",
+                    polled(directory).on(handles::POLL, 4).number(2, 2000).times(1 << 30),
+                    504,
+                    "in time",
+                ),
+                ("waits without end", polled(directory).on(handles::BLOCK, 4).times(1 << 30), 504, "in time"),
+                ("looks without end", polled(directory).on(handles::READY, 4).times(1 << 30), 504, "in time"),
+                (
+                    "reads without end",
+                    start(directory).on(handles::READ, 2).numbers(1 << 16, 0).times(1 << 30),
+                    504,
+                    "in time",
+                ),
+                (
+                    "listings without end",
+                    start(directory).on(handles::NEXT_ENTRY, 2).times(1),
+                    500,
+                    "trapped",
+                ),
+            ] {
+                let response = arena.post("handles", &calls.bytes());
+                arena.assert_refused(what, &response, status, logged);
+                assert_eq!(signs(&arena, what, &start(directory)), "+", "after {what}");
+            }
+        }
+    });
+    assert!(arena.peak() < 400 * MIB, "{} MiB", arena.peak() / MIB);
+    arena.ctl(&["drain", "handles"]).success();
+    assert!(arena.descriptors() <= before + 2, "{} descriptors, {before} before", arena.descriptors());
+    arena.finish();
+}
+
+#[test]
+fn sockets_by_hand_come_to_an_end() {
+    let data = tempfile::tempdir().unwrap();
+    let (arena, port) = arena_with_handles(data.path());
+    let before = arena.descriptors();
+    const LOOPBACK: u32 = 0x7f00_0001;
+    // A socket in register 2, the network in 1.
+    let start = || Calls::new().call(handles::NETWORK).keep(1).call(handles::TCP).keep(2);
+    let to = |calls: Calls, operation, address, port| {
+        calls.on(operation, 2).register(1, 1).number(2, port).number(3, address)
+    };
+    let connected = || {
+        let calls = to(start(), handles::CONNECT, LOOPBACK, port).on(handles::POLL_TCP, 2).keep(5);
+        let calls = calls.on(handles::BLOCK, 5).on(handles::DROP_POLLABLE, 5);
+        calls.on(handles::FINISH_CONNECT, 2).keep_at(3, 8).on(handles::CHECK_WRITE, 3)
+    };
+    arena.during(|| {
+        for (what, calls, expected) in [
+            ("its own end", to(start(), handles::BIND, LOOPBACK, 0).on(handles::FINISH_BIND, 2), "++--"),
+            ("a listener", start().on(handles::LISTEN, 2).on(handles::FINISH_LISTEN, 2), "++--"),
+            ("clients of nobody", start().on(handles::ACCEPT, 2).on(handles::SHUT_DOWN, 2), "++--"),
+            ("nothing begun", start().on(handles::FINISH_CONNECT, 2), "++-"),
+            ("another port", to(start(), handles::CONNECT, LOOPBACK, 1), "++-"),
+            ("another address", to(start(), handles::CONNECT, 0xa9fe_a9fe, port), "++-"),
+            ("this machine by another name", to(start(), handles::CONNECT, 0, port), "++-"),
+            ("sockets", start().call(handles::TCP).times(500), "++-"),
+            ("another name", start().on(handles::LOOK_UP, 1).bytes_at(1, "metadata.google.internal"), "++-"),
+            ("no name", start().on(handles::LOOK_UP, 1).bytes_at(1, "\0".repeat(60_000)), "++-"),
+        ] {
+            assert_eq!(signs(&arena, what, &calls), expected, "{what}");
+        }
+        // No limit is so far that it would be a harm to ask for it.
+        let calls = start().on(handles::BACKLOG, 2).numbers(u64::MAX, 0).on(handles::KEEP_ALIVE, 2);
+        let calls = calls.numbers(u64::MAX, 0).on(handles::BUFFER, 2).numbers(u64::MAX, 0);
+        assert!(signs(&arena, "limits", &calls).starts_with("++"));
+        // Datagrams: a socket, perhaps, but no way for it.
+        let calls = Calls::new().call(handles::NETWORK).keep(1).call(handles::UDP).keep(2);
+        let calls = to(calls, handles::UDP_BIND, LOOPBACK, 0).on(handles::UDP_FINISH_BIND, 2);
+        let bound = arena.post("handles", &calls.on(handles::DROP_UDP, 2).bytes());
+        let calls = Calls::new().call(handles::UDP).keep(2).on(handles::UDP_STREAM, 2);
+        let sent = arena.post("handles", &calls.number(2, port).number(3, LOOPBACK).bytes());
+        for udp in [bound, sent] {
+            assert!(udp.status == 500 || udp.text().contains('-'), "{}", udp.text());
+        }
+        // Begun and left, in all places that there are.
+        let mut calls = Calls::new().call(handles::NETWORK).keep(1);
+        for _ in 0..60 {
+            calls = to(calls.call(handles::TCP).keep(2), handles::CONNECT, LOOPBACK, port);
+        }
+        for _ in 0..4 {
+            arena.post("handles", &calls.bytes());
+        }
+        let look_up = start().on(handles::LOOK_UP, 1).bytes_at(1, "localhost").times(100);
+        assert!(signs(&arena, "lookups", &look_up).starts_with("++"));
+        let calls = start().on(handles::LOOK_UP, 1).bytes_at(1, "localhost").keep(3);
+        let calls = calls.on(handles::POLL_ADDRESSES, 3).keep(4).on(handles::BLOCK, 4);
+        let calls = calls.on(handles::DROP_POLLABLE, 4).on(handles::NEXT_ADDRESS, 3).times(100);
+        let calls = calls.on(handles::DROP_ADDRESSES, 3);
+        assert_eq!(signs(&arena, "addresses", &calls), "++++++++");
+        for (what, calls, logged) in [
+            ("a socket before its streams", connected().on(handles::DROP_TCP, 2), "children"),
+            (
+                "a socket before its pollable",
+                start().on(handles::POLL_TCP, 2).on(handles::DROP_TCP, 2),
+                "children",
+            ),
+            ("a socket twice", start().on(handles::DROP_TCP, 2).times(2), "trapped"),
+            (
+                "a network that is gone",
+                to(start().on(handles::DROP_NETWORK, 1), handles::CONNECT, LOOPBACK, port),
+                "trapped",
+            ),
+        ] {
+            arena.assert_refused(what, &arena.post("handles", &calls.bytes()), 500, logged);
+        }
+    });
+    arena.ctl(&["drain", "handles"]).success();
+    assert!(arena.descriptors() <= before + 2, "{} descriptors, {before} before", arena.descriptors());
     arena.finish();
 }

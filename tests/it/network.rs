@@ -142,6 +142,42 @@ result.append(outcome(lambda: shout("127.0.0.1", {port})))
 }
 
 #[test]
+fn a_new_instance_has_no_new_quota() {
+    let address = shouter();
+    let grants = ["--isolation", "request", "--network", &address.to_string(), "--network-quota", "1MiB"];
+    let server = Server::start("behaviours", &grants);
+    let code = format!(
+        r#"{CLIENT}
+result = outcome(lambda: len(shout("127.0.0.1", {}, b"x" * 100_000)))
+"#,
+        address.port()
+    );
+    let mut granted = 0;
+    while python(&server, &code) == json!(100_000) {
+        granted += 1;
+        assert!(granted <= 5, "{granted} times 200 kB");
+    }
+    assert_eq!(granted, 5);
+    server.wait_for_log(&["network quota", "--network-quota"]);
+    server.finish();
+}
+
+#[test]
+fn all_of_the_internet_is_not_this_machine() {
+    let address = shouter();
+    let server = Server::start("behaviours", &["--network", "0.0.0.0/0:*", "--network", "[::]/0:*"]);
+    let code = format!(
+        r#"{CLIENT}
+result = [outcome(lambda: shout(host, {}, timeout=1)) for host in ("127.0.0.1", "0.0.0.0", "169.254.169.254")]
+"#,
+        address.port()
+    );
+    assert_eq!(python(&server, &code), json!(["PermissionError", "PermissionError", "PermissionError"]));
+    server.wait_for_log(&["connecting to 169.254.169.254", "--network 169.254.169.254:"]);
+    server.finish();
+}
+
+#[test]
 fn a_grant_that_means_nothing_is_refused_at_start() {
     let refused = run(wsgi_wasm().args(["serve", "app.wasm", "--network", "10.0.0.0/33:80"]));
     refused.refused(&["--network", "10.0.0.0/33:80", "bits"]);

@@ -41,6 +41,11 @@ _U32_MAX = 2**32 - 1
 _SCRYPT_MAXMEM = 32 * 1024 * 1024
 _SCRYPT_PR_MAX = 2**30 - 1
 
+# Bytes of a password and of a salt that the host takes. A longer password is
+# hashed here first, which is what HMAC does with every key that is longer than
+# a block (RFC 2104 section 2).
+_INPUT_MAX = 1 << 16
+
 _derivation: Derivation | None = None
 
 
@@ -78,6 +83,9 @@ def pbkdf2_hmac(
         raise OverflowError("key length is too great.")
     if building or _derivation is None or digest not in DIGESTS:
         return _pbkdf2_hmac(digest, password, salt, iterations, length)
+    _check_salt(salt)
+    if len(password) > _INPUT_MAX:
+        password = hashlib.new(digest, password).digest()
     return _derivation.pbkdf2_hmac(digest, password, salt, iterations, length)
 
 
@@ -110,6 +118,10 @@ def scrypt(
             "hashlib.scrypt is not available while the app is being built; "
             "hash passwords when a request or a command needs it, not at import"
         )
+    _check_salt(salt)
+    if len(password) > _INPUT_MAX:
+        # It goes into PBKDF2 with HMAC-SHA-256 only.
+        password = hashlib.sha256(password).digest()
     return _derivation.scrypt(password, salt, n, r, p, dklen)
 
 
@@ -130,6 +142,11 @@ def _bytes(value: Any) -> bytes:
     if isinstance(value, str):
         raise TypeError("a bytes-like object is required, not 'str'")
     return bytes(memoryview(value))
+
+
+def _check_salt(salt: bytes) -> None:
+    if len(salt) > _INPUT_MAX:
+        raise ValueError(f"the host takes no salt of more than {_INPUT_MAX} bytes")
 
 
 def _pbkdf2_hmac(digest: str, password: bytes, salt: bytes, iterations: int, length: int) -> bytes:
