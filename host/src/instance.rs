@@ -457,16 +457,26 @@ impl response::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let _pause = self.clock.pause();
-        sent(exchange.start(&head).await)
+        let pause = self.clock.pause();
+        let started = exchange.start(&head).await;
+        if started.is_ok() {
+            pause.renew();
+        }
+        sent(started)
     }
 
     async fn write(&mut self, chunk: Vec<u8>) -> Result<(), response::WriteError> {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let _pause = self.clock.pause();
-        sent(exchange.write(chunk).await)
+        // No piece, no time.
+        let is_piece = !chunk.is_empty();
+        let pause = self.clock.pause();
+        let written = exchange.write(chunk).await;
+        if written.is_ok() && is_piece {
+            pause.renew();
+        }
+        sent(written)
     }
 
     async fn finish(&mut self) -> Result<(), response::WriteError> {
