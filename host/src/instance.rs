@@ -497,10 +497,8 @@ impl response::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let part = self.space.open_for_sending(&path).await;
-        let Some(part) =
-            part.and_then(|(file, start, size)| FilePart::new(file, start, size, offset, length))
-        else {
+        let file = self.space.open_for_sending(&path).await;
+        let Some(part) = file.and_then(|file| FilePart::new(file, offset, length)) else {
             return Ok(false);
         };
         let _pause = self.clock.pause();
