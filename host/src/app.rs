@@ -65,6 +65,7 @@ pub fn load_artifact(
     })?;
     let layers = artifact.unpack_layers(&shared.cache, &digests)?;
     let mounts = mounts(config, &artifact, &layers)?;
+    let mounts = mounts.into_iter().map(|mount| mount.of(&footprint)).collect();
     let files = Files::new(layers, &config.files)?;
     let mut environment =
         artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();

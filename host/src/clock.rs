@@ -6,9 +6,11 @@
 //!
 //! The deadline runs only while the guest is at work: waiting for a slow
 //! client has its own limit, so that a large download over a slow line is not
-//! cut. Processor time is what the kernel counts for the thread while it polls
-//! the guest's future: on a busy machine it is much less than the time that
-//! passes, and a tenant must not pay for what others do.
+//! cut. And it begins anew with each piece of a response that was handed over:
+//! what bounds a stream as a whole is the time of a response. Processor time is
+//! what the kernel counts for the thread while it polls the guest's future: on a
+//! busy machine it is much less than the time that passes, and a tenant must not
+//! pay for what others do.
 
 use std::future::{Future, poll_fn};
 use std::pin::pin;
@@ -29,6 +31,8 @@ struct Shared {
     base: Instant,
     /// When the guest's time is up, or [`NEVER`].
     deadline: AtomicU64,
+    /// How long it had when that began.
+    limit: AtomicU64,
     /// Processor time that the request may take, or [`NEVER`].
     cpu_limit: AtomicU64,
     /// Processor time of the request, without the poll that is under way.
@@ -68,6 +72,7 @@ impl Clock {
         Clock(Arc::new(Shared {
             base: Instant::now(),
             deadline: AtomicU64::new(NEVER),
+            limit: AtomicU64::new(NEVER),
             cpu_limit: AtomicU64::new(NEVER),
             cpu_used: AtomicU64::new(0),
             polled_at: AtomicU64::new(NEVER),
@@ -82,6 +87,7 @@ impl Clock {
     pub fn start(&self, limit: Option<Duration>, cpu: Option<Duration>) {
         let deadline = limit.map_or(NEVER, |limit| self.now().saturating_add(microseconds(limit)));
         self.0.deadline.store(deadline, Ordering::Relaxed);
+        self.0.limit.store(limit.map_or(NEVER, microseconds), Ordering::Relaxed);
         self.0.cpu_limit.store(cpu.map_or(NEVER, microseconds), Ordering::Relaxed);
         self.0.cpu_used.store(0, Ordering::Relaxed);
         self.0.margin.store(limit.map_or(0, margin), Ordering::Relaxed);
@@ -197,6 +203,18 @@ pub struct Pause<'a> {
     deadline: u64,
 }
 
+impl Pause<'_> {
+    /// Ends the pause, and gives the guest all of its time again, for a further
+    /// piece of work. The limit of processor time goes on.
+    pub fn renew(mut self) {
+        if self.deadline != NEVER {
+            self.since = self.clock.now();
+            self.deadline = self.since.saturating_add(self.clock.0.limit.load(Ordering::Relaxed));
+            self.clock.0.told.store(false, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Drop for Pause<'_> {
     fn drop(&mut self) {
         if self.deadline != NEVER {
@@ -261,6 +279,25 @@ mod tests {
             assert_eq!(done.unwrap(), 7);
             assert!(!clock.passed());
         });
+    }
+
+    #[test]
+    fn time_is_renewed_and_not_processor_time() {
+        let clock = Clock::new();
+        let limit = Duration::from_millis(50);
+        clock.start(Some(limit), Some(Duration::from_secs(100)));
+        while clock.time_left() > 0 {}
+        assert!(clock.was_told());
+        clock.spend(Duration::from_secs(99));
+        clock.pause().renew();
+        assert!(!clock.was_told() && !clock.passed());
+        assert!(clock.0.deadline.load(Ordering::Relaxed) >= clock.now().saturating_add(20_000));
+        clock.spend(Duration::from_secs(1));
+        assert!(clock.passed());
+        // Without a limit there is none afterwards.
+        clock.start(None, None);
+        clock.pause().renew();
+        assert!(!clock.passed() && clock.time_left() == u64::MAX);
     }
 
     #[test]

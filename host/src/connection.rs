@@ -105,6 +105,9 @@ pub struct Link {
     active: AtomicU64,
     /// Wakes up when a response is complete (HTTP/2 only).
     idle: Notify,
+    /// When the response that goes out has to be complete (HTTP/1 only; each
+    /// stream of HTTP/2 has its own).
+    end: Mutex<Option<Instant>>,
     /// The request that was refused on the wire, by its number, and why.
     refused: OnceLock<(u64, Failure)>,
 }
@@ -118,6 +121,7 @@ impl Link {
             requests: AtomicU64::new(0),
             active: AtomicU64::new(0),
             idle: Notify::new(),
+            end: Mutex::default(),
             refused: OnceLock::new(),
         })
     }
@@ -126,7 +130,24 @@ impl Link {
     /// from 1 on.
     pub fn begin(self: &Arc<Link>) -> (u64, Active) {
         self.active.fetch_add(1, Ordering::Relaxed);
+        *self.end.lock().unwrap_or_else(PoisonError::into_inner) = None;
         (self.requests.fetch_add(1, Ordering::Relaxed) + 1, Active(Arc::clone(self)))
+    }
+
+    /// The response that begins now may take so long.
+    pub fn end_after(&self, time: Duration) {
+        let Some(end) = Instant::now().checked_add(time) else { return };
+        if self.is_h2 {
+            Stall::current().inspect(|stall| stall.end_at(end));
+        } else {
+            *self.end.lock().unwrap_or_else(PoisonError::into_inner) = Some(end);
+        }
+    }
+
+    /// How long the response that goes out still may take.
+    fn time_left(&self) -> Duration {
+        let end = *self.end.lock().unwrap_or_else(PoisonError::into_inner);
+        end.map_or(Duration::MAX, |end| end.saturating_duration_since(Instant::now()))
     }
 
     /// Why the request with this number was refused before hyper saw it.
@@ -537,10 +558,10 @@ impl Wire {
             self.write_timer = None;
             return polled;
         }
-        let limit = self.client_idle;
+        let limit = self.client_idle.min(self.link.time_left());
         let timer = self.write_timer.get_or_insert_with(|| Box::pin(tokio::time::sleep(limit)));
         ready!(timer.as_mut().poll(context));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes no data")))
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the client takes too long")))
     }
 }
 

@@ -18,13 +18,15 @@ use tokio::sync::mpsc;
 use crate::early_hints::EarlyHints;
 use crate::failure::Failure;
 use crate::file_part::FilePart;
-use crate::footprint::{Footprint, Held};
+use crate::footprint::{self, Footprint, Held};
 use crate::handler::RequestLimits;
 
 /// A head larger than this is refused; common clients stop at 64 KiB or less.
 const MAX_HEAD: usize = 128 << 10;
 /// So is one with more fields than this.
 const MAX_FIELDS: usize = 500;
+/// What a field costs besides its bytes.
+const FIELD: u64 = 128;
 
 /// The head of a response.
 #[derive(Debug)]
@@ -35,6 +37,8 @@ pub struct Head {
     pub reason: Option<hyper::ext::ReasonPhrase>,
     /// The header fields, checked.
     pub headers: HeaderMap,
+    /// What it costs to keep, and the response around it.
+    pub cost: u64,
 }
 
 impl Head {
@@ -51,8 +55,8 @@ pub enum Event {
     Head(Head),
     /// A whole response: a head, and the part of a file that is its body.
     File(Head, FilePart),
-    /// Bytes of the body, not empty, and that they are held.
-    Chunk(Bytes, Held),
+    /// Bytes of the body, not empty. They are held.
+    Chunk(Bytes),
     /// The body is complete.
     End,
 }
@@ -408,8 +412,7 @@ impl Exchange {
         if self.end.is_some_and(|end| end <= Instant::now()) {
             return Err(self.refuse("it took longer than the limit"));
         }
-        let held = self.footprint.hold(length);
-        self.send(Event::Chunk(chunk.into(), held)).await?;
+        self.send(Event::Chunk(self.footprint.hold(length).tie(chunk))).await?;
         self.announced = self.announced.map(|left| left.saturating_sub(length));
         Ok(())
     }
@@ -526,7 +529,9 @@ pub fn parse_head(response: &[u8]) -> Result<(Head, &[u8]), &'static str> {
         }
         headers.append(name, value);
     }
-    Ok((Head { status, reason, headers }, lines.rest))
+    let bytes = (response.len() - lines.rest.len()) as u64;
+    let cost = bytes + headers.len() as u64 * FIELD + footprint::MESSAGE;
+    Ok((Head { status, reason, headers, cost }, lines.rest))
 }
 
 /// The lines of a head.

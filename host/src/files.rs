@@ -16,13 +16,14 @@ pub mod image;
 pub mod memory;
 mod path;
 
-use std::fs::File;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use anyhow::Result;
 
 use crate::artifact::Layer;
+use crate::disk;
+use crate::file_part::{FileToSend, Source};
 use crate::footprint::Footprint;
 use granted::{Grant, Holder, Opened, Quota};
 use image::Image;
@@ -48,12 +49,15 @@ pub struct Files {
     images: Vec<(&'static str, Arc<Image>)>,
     temporary: Limits,
     data: Option<Arc<Grant>>,
+    /// What is sent of it has a share of its own.
+    sent: Option<Arc<Holder>>,
 }
 
 /// The mounts of one instance.
 #[derive(Debug)]
 pub struct FileSpace {
     files: Arc<Files>,
+    footprint: Arc<Footprint>,
     temporary: Memory,
     data: Option<Arc<Holder>>,
 }
@@ -74,13 +78,15 @@ impl Files {
             .map(|(layer, path)| Ok((layer.guest_path(), Image::open(&path)?)))
             .collect::<Result<_>>()?;
         let data = grants.data.as_ref().map(|(path, quota)| Grant::open(path, *quota)).transpose()?;
-        Ok(Arc::new(Files { images, temporary: grants.temporary, data }))
+        let sent = data.as_ref().map(Grant::sender);
+        Ok(Arc::new(Files { images, temporary: grants.temporary, data, sent }))
     }
 
     /// The mounts of a new instance of the tenant with this footprint.
     pub fn space(self: &Arc<Self>, footprint: &Arc<Footprint>) -> FileSpace {
         FileSpace {
             files: Arc::clone(self),
+            footprint: Arc::clone(footprint),
             temporary: Memory::new(self.temporary, footprint.hold(0)),
             data: self.data.as_ref().map(Grant::holder),
         }
@@ -89,27 +95,29 @@ impl Files {
 
 impl FileSpace {
     /// Opens the file that the guest sees at the absolute `guest_path`, for
-    /// the host to send: a file of ours, and where in it the guest's starts
-    /// and how long that is. None if there is none, or it is in memory.
-    pub async fn open_for_sending(&self, guest_path: &str) -> Option<(File, u64, u64)> {
+    /// the host to send. None if there is none, it is in memory, or the tenant
+    /// sends as many files as it may.
+    pub async fn open_for_sending(&self, guest_path: &str) -> Option<FileToSend> {
         let below = |mount: &str| guest_path.strip_prefix(mount)?.strip_prefix('/');
+        let place = self.footprint.file_place()?;
         for (mount, image) in &self.files.images {
             let Some(path) = below(mount) else { continue };
             let node = image.look_up(Image::ROOT, path).ok()?;
             let (file, start, _) = image.place(node, 0, 0).ok()?;
-            return Some((file.try_clone().ok()?, start, image.stat(node).size));
+            let (source, size) = (Source::Shared(Arc::clone(file)), image.stat(node).size);
+            return Some(FileToSend::new(source, (start, size), &self.footprint, place));
         }
-        let (path, holder) = (below(DATA)?.to_owned(), Arc::clone(self.data.as_ref()?));
+        let (path, holder) = (below(DATA)?.to_owned(), Arc::clone(self.files.sent.as_ref()?));
         let open = move || {
             let options = Options::default();
             let Opened::File(file) = holder.root().open(&path, true, options).ok()? else {
                 return None;
             };
-            let file = file.file().try_clone().ok()?;
-            let size = file.metadata().ok()?.len();
-            Some((file, 0, size))
+            let size = file.file().metadata().ok()?.len();
+            Some((file, size))
         };
         // What is granted may be on a slow disk.
-        tokio::task::spawn_blocking(open).await.ok().flatten()
+        let (file, size) = disk::begin(&self.footprint, open).await.flatten()?;
+        Some(FileToSend::new(Source::Granted(file), (0, size), &self.footprint, place))
     }
 }

@@ -1,29 +1,71 @@
-//! What a tenant holds of the host's memory: one number for all of it.
+//! What a tenant holds of the host: its memory, in one number for all of it,
+//! and places for the files that are sent and for the work on disks.
 //!
-//! In it are the linear memories and tables of its instances, the files in
-//! their `/tmp`, and what the host itself holds for them: an instance's own
-//! state, heads and bodies of requests and responses on their way. Linear
-//! memory counts in full, though pages that an instance has not written to are
-//! shared with others.
+//! In the number are the linear memories and tables of its instances, the
+//! files in their `/tmp`, and what the host itself holds for them: an
+//! instance's own state, heads and bodies of requests and responses on their
+//! way, blocks of files. Linear memory counts in full, though pages that an
+//! instance has not written to are shared with others.
+//!
+//! Instances may have no more than seven eighths of the limit. So those that
+//! rest never fill it to the last byte, and leave no room for a request.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+
+use crate::scheduler::Share;
 
 /// What an instance costs the host besides its memory: the store, the part of
 /// the fiber's stack that is in use, and lines of the log that are not complete.
 pub const INSTANCE: u64 = 128 << 10;
 
-/// The memory that is held for one tenant.
+/// What a request or a response on its way costs the host besides its bytes.
+pub const MESSAGE: u64 = 4 << 10;
+
+/// Files that may be on their way to clients: each can be a descriptor, and has
+/// a block or two in memory.
+const FILES: usize = 256;
+/// Work on disks that may be under way: each is a thread.
+const DISK_WORK: usize = 16;
+
+/// What is held for one tenant.
 #[derive(Debug)]
 pub struct Footprint {
     held: AtomicU64,
     limit: u64,
+    files: Arc<Semaphore>,
+    disk: Arc<Semaphore>,
+    /// Charged for the work on disks.
+    share: Option<Arc<Share>>,
 }
 
 impl Footprint {
     /// Nothing, of at most `limit` bytes.
     pub fn new(limit: Option<u64>) -> Arc<Footprint> {
-        Arc::new(Footprint { held: AtomicU64::new(0), limit: limit.unwrap_or(u64::MAX) })
+        Footprint::with(limit, FILES, None)
+    }
+
+    /// The same, for the tenant with this share of the processors.
+    pub fn of(share: &Arc<Share>, limit: Option<u64>) -> Arc<Footprint> {
+        Footprint::with(limit, FILES, Some(Arc::clone(share)))
+    }
+
+    /// Nothing, of any number of bytes, and so many files.
+    pub fn with_files(files: usize) -> Arc<Footprint> {
+        Footprint::with(None, files, None)
+    }
+
+    fn with(limit: Option<u64>, files: usize, share: Option<Arc<Share>>) -> Arc<Footprint> {
+        Arc::new(Footprint {
+            held: AtomicU64::new(0),
+            limit: limit.unwrap_or(u64::MAX),
+            files: Arc::new(Semaphore::new(files)),
+            disk: Arc::new(Semaphore::new(DISK_WORK)),
+            share,
+        })
     }
 
     /// Bytes that are held.
@@ -35,6 +77,27 @@ impl Footprint {
     pub fn hold(self: &Arc<Self>, bytes: u64) -> Held {
         self.held.fetch_add(bytes, Ordering::Relaxed);
         Held { footprint: Arc::clone(self), bytes }
+    }
+
+    /// The same, if the tenant may have so many more.
+    pub fn try_hold(self: &Arc<Self>, bytes: u64) -> Option<Held> {
+        let mut held = self.hold(0);
+        held.grow_within(bytes, self.limit).then_some(held)
+    }
+
+    /// A place for a file that is to be sent, if there is one.
+    pub fn file_place(&self) -> Option<OwnedSemaphorePermit> {
+        Arc::clone(&self.files).try_acquire_owned().ok()
+    }
+
+    /// The places for work on disks.
+    pub fn disk_places(&self) -> &Arc<Semaphore> {
+        &self.disk
+    }
+
+    /// Whom to charge for the processor time of that work.
+    pub fn share(&self) -> Option<&Arc<Share>> {
+        self.share.as_ref()
     }
 }
 
@@ -55,10 +118,26 @@ impl Held {
         self.bytes = bytes;
     }
 
-    /// Adds `bytes`, if the tenant may have so many more.
+    /// Adds `bytes` of an instance's memory, if the tenant may have so many more.
     pub fn grow(&mut self, bytes: u64) -> bool {
+        self.grow_within(bytes, self.footprint.limit - self.footprint.limit / 8)
+    }
+
+    /// Ties this to `bytes`: they are held until the last part of them is gone,
+    /// whoever has it.
+    pub fn tie(self, bytes: impl AsRef<[u8]> + Send + 'static) -> Bytes {
+        struct Tied<B>(B, #[expect(dead_code, reason = "for its drop")] Held);
+        impl<B: AsRef<[u8]>> AsRef<[u8]> for Tied<B> {
+            fn as_ref(&self) -> &[u8] {
+                self.0.as_ref()
+            }
+        }
+        Bytes::from_owner(Tied(bytes, self))
+    }
+
+    fn grow_within(&mut self, bytes: u64, limit: u64) -> bool {
         let held = self.footprint.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if held > self.footprint.limit {
+        if held > limit {
             self.footprint.held.fetch_sub(bytes, Ordering::Relaxed);
             return false;
         }
@@ -84,15 +163,37 @@ mod tests {
 
     #[test]
     fn what_is_dropped_is_not_held() {
-        let footprint = Footprint::new(Some(100));
+        let footprint = Footprint::new(Some(160));
         let mut one = footprint.hold(10);
         let mut two = footprint.hold(0);
-        assert!(two.grow(90) && !two.grow(1));
+        assert!(two.grow(130) && !two.grow(1));
         one.set(5);
         assert!(two.grow(5));
         two.shrink(50);
-        assert_eq!(footprint.held(), 50);
+        assert_eq!(footprint.held(), 90);
         drop((one, two));
+        assert_eq!(footprint.held(), 0);
+    }
+
+    #[test]
+    fn instances_leave_room_for_what_is_on_its_way() {
+        let footprint = Footprint::new(Some(80));
+        let mut instances = footprint.hold(0);
+        assert!(instances.grow(70) && !instances.grow(1));
+        let on_its_way = footprint.try_hold(10).unwrap();
+        assert!(footprint.try_hold(1).is_none());
+        drop(on_its_way);
+        assert_eq!(footprint.held(), 70);
+    }
+
+    #[test]
+    fn bytes_are_held_until_their_last_part_is_gone() {
+        let footprint = Footprint::new(None);
+        let mut bytes = footprint.hold(4).tie(vec![1, 2, 3, 4]);
+        let part = bytes.split_to(1);
+        drop(bytes);
+        assert_eq!((footprint.held(), &*part), (4, &[1][..]));
+        drop(part);
         assert_eq!(footprint.held(), 0);
     }
 }

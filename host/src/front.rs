@@ -122,6 +122,9 @@ async fn respond(
     }
     let Answer { response, queued, leased, tenant } =
         handler::handle(&front.tenants, &connection, id, parts, incoming).await;
+    if let Some(tenant) = &tenant {
+        link.end_after(tenant.app.limits.response_time);
+    }
     if let Some(record) = record {
         record.client = connection.peer;
         record.tenant = tenant;

@@ -23,7 +23,7 @@ use crate::environ::{self, Connection};
 use crate::exchange::{Event, Exchange, Head, RequestBody};
 use crate::failure::Failure;
 use crate::file_part::FilePart;
-use crate::footprint::{Footprint, Held};
+use crate::footprint::{self, Footprint, Held};
 use crate::instance::Reply;
 use crate::pool::{Lease, Pool};
 use crate::request_id::RequestId;
@@ -85,7 +85,8 @@ pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
     };
     let environ = environ::environ(&parts, &connection, "")?;
     let observer = Observer { tenant: None, id, method: Method::GET };
-    let input = Input { environ, inline: Bytes::new(), body: RequestBody::empty(), hints: None };
+    let held = app.footprint.hold(environ.len() as u64);
+    let input = Input { environ, inline: Bytes::new(), held, body: RequestBody::empty(), hints: None };
     let mut running = run(app, observer, input, &mut Times::default()).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, _) | First::Streaming(head) | First::File(head, _) => Ok(head.status.as_u16()),
@@ -147,26 +148,33 @@ async fn respond(
     let app = &tenant.app;
     let environ = environ::environ(parts, connection, &tenant.config.path)?;
     let mut body = RequestBody::new(incoming, &app.limits, &app.footprint)?;
-    let is_small = body.announced().is_some_and(|length| length <= INLINE_BODY);
     // Reading answers `Expect: 100-continue`, which is the app's to decide.
-    let inline = if is_small && !parts.headers.contains_key(header::EXPECT) {
-        body.read_to_end().await?
-    } else {
-        Bytes::new()
-    };
+    let small = body.announced().filter(|length| *length <= INLINE_BODY);
+    let small = small.filter(|_| !parts.headers.contains_key(header::EXPECT));
+    // Before it waits for its body, or for an instance. Here a tenant whose
+    // clients do not take what it sends is refused more.
+    let cost = environ.len() as u64 + small.unwrap_or(0) + footprint::MESSAGE;
+    let held = app.footprint.try_hold(cost).ok_or(Failure::MemoryExhausted)?;
+    let inline = if small.is_some() { body.read_to_end().await? } else { Bytes::new() };
     // A client that speaks HTTP/1.0 knows no interim responses (RFC 9110
     // section 15.2), and hyper can not send them on HTTP/2.
     let hints = parts.extensions.get::<EarlyHints>().filter(|_| parts.version == Version::HTTP_11);
-    let input = Input { environ, inline, body, hints: hints.cloned() };
+    let input = Input { environ, inline, held, body, hints: hints.cloned() };
     let mut running = run(app, observer.clone(), input, times).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, body) => {
+            // It may be that the client takes it late, or never.
+            let held = app.footprint.try_hold(body.len() as u64).ok_or(Failure::MemoryExhausted)?;
             observer.ended(Ok(()));
-            let held = app.footprint.hold(body.len() as u64);
-            Ok(head.into_response(ResponseBody::Complete { rest: body, _held: Some(held) }))
+            let (rest, held) = (held.tie(body), app.footprint.hold(head.cost));
+            Ok(head.into_response(ResponseBody::Complete { rest, _held: Some(held) }))
         }
-        First::Streaming(head) => Ok(head.into_response(ResponseBody::Streaming(running))),
+        First::Streaming(head) => {
+            running.hold(&app.footprint, &head);
+            Ok(head.into_response(ResponseBody::Streaming(running)))
+        }
         First::File(head, part) => {
+            running.hold(&app.footprint, &head);
             observer.ended(Ok(()));
             // The guest has no part in it any more; its instance comes free.
             running.detach();
@@ -186,7 +194,11 @@ pub async fn static_file(
         Ok(response) => return response.map(ResponseBody::Static),
         Err(status) => status,
     };
-    let mut response = refusal(Failure::Refused(status, "there is no such file"), id);
+    let reason = match status {
+        StatusCode::SERVICE_UNAVAILABLE => "too many files are being sent",
+        _ => "there is no such file",
+    };
+    let mut response = refusal(Failure::Refused(status, reason), id);
     // The request itself was fine.
     response.headers_mut().remove(header::CONNECTION);
     if status == StatusCode::METHOD_NOT_ALLOWED {
@@ -200,6 +212,8 @@ struct Input {
     environ: Vec<u8>,
     /// The body, or as much as is there.
     inline: Bytes,
+    /// Both, as a part of all that the tenant holds.
+    held: Held,
     /// The rest of the body.
     body: RequestBody,
     hints: Option<EarlyHints>,
@@ -211,7 +225,7 @@ struct Input {
 ///
 /// If there is none to be had.
 async fn run(app: &App, observer: Observer, input: Input, times: &mut Times) -> Result<Running, Failure> {
-    let Input { environ, inline, body, hints } = input;
+    let Input { environ, inline, held, body, hints } = input;
     let asked = Instant::now();
     let lease = app.pool.lease().await;
     let leased = Instant::now();
@@ -219,11 +233,10 @@ async fn run(app: &App, observer: Observer, input: Input, times: &mut Times) -> 
     let lease = lease?;
     times.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
-    let held = app.footprint.hold((environ.len() + inline.len()) as u64);
     let exchange = Exchange::new(body, sender, &app.limits, &app.footprint).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
     let call = call(lease, observer.id, observer.method.clone(), (environ, inline, held), exchange, limits);
-    Ok(Running { call: Some(Box::pin(call)), events, observer, failed: None })
+    Ok(Running { call: Some(Box::pin(call)), events, observer, failed: None, _head: None })
 }
 
 /// Who hears how a request ended.
@@ -287,6 +300,8 @@ pub struct Running {
     /// Why the response can not be completed, and whether hyper has had its
     /// chance to send what came before.
     failed: Option<(Failure, bool)>,
+    /// What its head costs.
+    _head: Option<Held>,
 }
 
 /// What a guest comes up with first.
@@ -315,10 +330,7 @@ impl Running {
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         loop {
             match self.events.try_recv() {
-                Ok(Event::Chunk(chunk, held)) => {
-                    drop(held);
-                    return Poll::Ready(Some(Ok(Frame::data(chunk))));
-                }
+                Ok(Event::Chunk(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
                 Ok(Event::End) => {
                     self.observer.ended(Ok(()));
                     return Poll::Ready(None);
@@ -366,6 +378,11 @@ impl Running {
 }
 
 impl Running {
+    /// Counts the response's head for as long as there is more of the response.
+    fn hold(&mut self, footprint: &Arc<Footprint>, head: &Head) {
+        self._head = Some(footprint.hold(head.cost));
+    }
+
     /// Lets the guest go on in a task of its own, if it is still at work.
     fn detach(&mut self) {
         let Some(call) = self.call.take() else { return };
@@ -397,7 +414,8 @@ pub enum ResponseBody {
     Complete {
         /// What hyper has not taken yet.
         rest: Bytes,
-        /// That its tenant holds it.
+        /// What its head costs; `rest` counts by itself, also what hyper has
+        /// taken and the client has not.
         _held: Option<Held>,
     },
     /// What the guest still works on.

@@ -463,16 +463,26 @@ impl response::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let _pause = self.clock.pause();
-        sent(exchange.start(&head).await)
+        let pause = self.clock.pause();
+        let started = exchange.start(&head).await;
+        if started.is_ok() {
+            pause.renew();
+        }
+        sent(started)
     }
 
     async fn write(&mut self, chunk: Vec<u8>) -> Result<(), response::WriteError> {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let _pause = self.clock.pause();
-        sent(exchange.write(chunk).await)
+        // No piece, no time.
+        let is_piece = !chunk.is_empty();
+        let pause = self.clock.pause();
+        let written = exchange.write(chunk).await;
+        if written.is_ok() && is_piece {
+            pause.renew();
+        }
+        sent(written)
     }
 
     async fn finish(&mut self) -> Result<(), response::WriteError> {
@@ -493,10 +503,8 @@ impl response::Host for HostState {
         let Some(exchange) = &mut self.exchange else {
             return Err(response::WriteError::Refused);
         };
-        let part = self.space.open_for_sending(&path).await;
-        let Some(part) =
-            part.and_then(|(file, start, size)| FilePart::new(file, start, size, offset, length))
-        else {
+        let file = self.space.open_for_sending(&path).await;
+        let Some(part) = file.and_then(|file| FilePart::new(file, offset, length)) else {
             return Ok(false);
         };
         let _pause = self.clock.pause();

@@ -18,6 +18,7 @@ mod compress;
 mod config;
 mod connection;
 mod control;
+mod disk;
 mod early_hints;
 mod engine;
 mod environ;

@@ -22,13 +22,17 @@ use http::request::Parts;
 use http::{HeaderMap, Method, Response, StatusCode};
 
 use crate::compress::Accepted;
+use crate::disk;
 use crate::error::UserError;
 use crate::failure::Failure;
-use crate::file_part::FilePart;
+use crate::file_part::{FilePart, FileToSend, Source as FileSource};
 use crate::files::image::Image;
+use crate::footprint::Footprint;
 
 /// A file of up to this size is read when it is opened.
 const SMALL: u64 = 64 << 10;
+/// Files that are sent at a time out of one directory of the server's own.
+const SERVED: usize = 1024;
 /// `O_NONBLOCK`: to open a pipe must not wait for its writer.
 const NONBLOCK: i32 = 0o4000;
 
@@ -37,6 +41,8 @@ pub struct Mount {
     /// Begins with a slash and ends without one.
     prefix: String,
     source: Source,
+    /// What its files on their way to clients count for.
+    footprint: Arc<Footprint>,
 }
 
 /// Where files come from.
@@ -72,7 +78,7 @@ impl Mount {
         let prefix = checked_prefix(prefix)?;
         let directory = Dir::open_ambient_dir(path, ambient_authority())
             .map_err(|error| format!("can not open the directory `{}`: {error}", path.display()))?;
-        Ok(Mount { prefix: prefix.into(), source: Source::Directory(Arc::new(directory)) })
+        Ok(Mount::new(prefix, Source::Directory(Arc::new(directory))))
     }
 
     /// The files in the directory `path` of a layer, under `prefix`. `digest`
@@ -86,7 +92,17 @@ impl Mount {
         let directory = image.look_up(Image::ROOT, path).ok().filter(|found| image.is_directory(*found));
         let directory = directory.ok_or_else(|| format!("the app has no directory `{path}`"))?;
         let source = Source::Layer { image: Arc::clone(image), directory, digest: Arc::clone(digest) };
-        Ok(Mount { prefix: prefix.into(), source })
+        Ok(Mount::new(prefix, source))
+    }
+
+    fn new(prefix: &str, source: Source) -> Mount {
+        Mount { prefix: prefix.into(), source, footprint: Footprint::with_files(SERVED) }
+    }
+
+    /// The mount as one of the tenant with this footprint, rather than the
+    /// server's own.
+    pub fn of(self, footprint: &Arc<Footprint>) -> Mount {
+        Mount { footprint: Arc::clone(footprint), ..self }
     }
 
     /// The rest of `path` if it lies under this mount.
@@ -120,7 +136,7 @@ fn refuse(text: &str, reason: &dyn std::fmt::Display) -> UserError {
 
 /// A file that was opened, and the representation of it that was chosen.
 struct Opened {
-    file: File,
+    file: Arc<File>,
     /// Where its content begins.
     start: u64,
     size: u64,
@@ -144,16 +160,19 @@ pub async fn respond(mount: &Mount, name: &str, parts: &Parts) -> Result<Respons
     }
     let path = file_path(name).ok_or(StatusCode::NOT_FOUND)?;
     let accepted = Accepted::by(&parts.headers);
-    let source = mount.source.clone();
+    let (source, footprint) = (mount.source.clone(), Arc::clone(&mount.footprint));
     let (headers, is_head) = (parts.headers.clone(), parts.method == Method::HEAD);
     // Opening a file may wait for a disk.
-    let response = tokio::task::spawn_blocking(move || {
+    let response = disk::begin(&mount.footprint, move || {
         let opened = source.open(&path, accepted)?;
-        represent(opened, &path, &headers, is_head)
+        represent(opened, &path, &headers, is_head, &footprint)
     });
     match response.await {
-        Ok(Ok(response)) => Ok(response),
-        Ok(Err(error)) => {
+        Some(Ok(response)) => Ok(response),
+        Some(Err(error)) if error.kind() == io::ErrorKind::ResourceBusy => {
+            Err(StatusCode::SERVICE_UNAVAILABLE)
+        }
+        Some(Err(error)) => {
             let is_absent = matches!(
                 error.kind(),
                 io::ErrorKind::NotFound | io::ErrorKind::NotADirectory | io::ErrorKind::InvalidFilename
@@ -164,7 +183,7 @@ pub async fn respond(mount: &Mount, name: &str, parts: &Parts) -> Result<Respons
             // Nor does a client learn what exists and is not for it.
             Err(StatusCode::NOT_FOUND)
         }
-        Err(_) => Err(StatusCode::INTERNAL_SERVER_ERROR),
+        None => Err(StatusCode::INTERNAL_SERVER_ERROR),
     }
 }
 
@@ -228,7 +247,8 @@ impl Source {
                 if !metadata.is_file() {
                     return Err(io::ErrorKind::NotFound.into());
                 }
-                let (size, modified) = (metadata.len(), metadata.modified().unwrap_or(UNIX_EPOCH));
+                let (file, size) = (Arc::new(file), metadata.len());
+                let modified = metadata.modified().unwrap_or(UNIX_EPOCH);
                 let since = modified.duration_since(UNIX_EPOCH).unwrap_or_default();
                 let tag = format!("{size:x}-{:x}", since.as_nanos());
                 Ok(Opened { file, start: 0, size, modified: Some(modified), tag, encoding: None })
@@ -240,7 +260,7 @@ impl Source {
                 let (file, start, _) = image.place(node, 0, 0).map_err(absent)?;
                 let tag = format!("{}-{start:x}", digest.get(..16).unwrap_or(digest));
                 let size = image.stat(node).size;
-                Ok(Opened { file: file.try_clone()?, start, size, modified: None, tag, encoding: None })
+                Ok(Opened { file: Arc::clone(file), start, size, modified: None, tag, encoding: None })
             }
         }
     }
@@ -253,6 +273,7 @@ fn represent(
     path: &Path,
     headers: &HeaderMap,
     is_head: bool,
+    footprint: &Arc<Footprint>,
 ) -> io::Result<Response<FileBody>> {
     let tag = format!("\"{}{}\"", opened.tag, opened.encoding.unwrap_or_default());
     // Dates of HTTP have no fractions.
@@ -318,7 +339,7 @@ fn represent(
         fields.insert(header::CONTENT_ENCODING, HeaderValue::from_static(encoding));
     }
     if !is_head {
-        *response.body_mut() = FileBody::of(opened, start, length)?;
+        *response.body_mut() = FileBody::of(opened, start, length, footprint)?;
     }
     Ok(response)
 }
@@ -389,13 +410,17 @@ pub enum FileBody {
 }
 
 impl FileBody {
-    fn of(opened: Opened, first: u64, length: u64) -> io::Result<FileBody> {
+    fn of(opened: Opened, first: u64, length: u64, footprint: &Arc<Footprint>) -> io::Result<FileBody> {
         if length <= SMALL {
+            let held = footprint.try_hold(length).ok_or(io::ErrorKind::ResourceBusy)?;
             let mut whole = vec![0; usize::try_from(length).unwrap_or_default()];
             opened.file.read_exact_at(&mut whole, opened.start + first)?;
-            return Ok(FileBody::Whole(whole.into()));
+            return Ok(FileBody::Whole(held.tie(whole)));
         }
-        let part = FilePart::new(opened.file, opened.start, opened.size, first, length);
+        let place = footprint.file_place().ok_or(io::ErrorKind::ResourceBusy)?;
+        let source = FileSource::Shared(opened.file);
+        let file = FileToSend::new(source, (opened.start, opened.size), footprint, place);
+        let part = FilePart::new(file, first, length);
         // The range was found to lie within the file.
         part.map(FileBody::Rest).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }

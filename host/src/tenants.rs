@@ -150,7 +150,7 @@ impl Tenant {
     fn load(shared: &Shared, config: TenantConfig, record: Arc<Record>) -> Result<Tenant> {
         let share = Share::new(config.weight, config.limits.cpu_per_minute);
         let stamp = stamp(&config.app);
-        let footprint = Footprint::new(config.limits.total_memory);
+        let footprint = Footprint::of(&share, config.limits.total_memory);
         let app::Loaded { program, grants, mounts } =
             app::load_artifact(shared, &config, Arc::clone(&share), Arc::clone(&footprint))?;
         let settings = PoolSettings {

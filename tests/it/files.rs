@@ -231,6 +231,82 @@ result["all again"] = outcome(lambda: write("/data/a", bytes(3 << 20)))
 }
 
 #[test]
+fn what_is_over_a_quota_can_become_smaller() {
+    let data = tempfile::tempdir().unwrap();
+    let server = serve(data.path(), &["--instances", "1"]);
+    let code = [
+        DATABASE,
+        "
+import os
+with open('/data/a', 'wb') as file:
+    file.write(bytes(3 << 20))
+database.execute('CREATE TABLE item (text)')
+database.execute('BEGIN')
+database.executemany('INSERT INTO item VALUES (?)', [('x' * 500,) for _ in range(2000)])
+database.execute('COMMIT')
+database.execute('PRAGMA cache_size = 2')
+database.execute('BEGIN IMMEDIATE')
+database.execute('UPDATE item SET text = text || text')
+os.abort()",
+    ]
+    .concat();
+    assert_eq!(server.post("/run", &[], code.as_bytes()).status, 500);
+    assert!(data.path().join("shop.db-journal").exists());
+    server.finish();
+    // The operator has made it smaller.
+    let server = serve(data.path(), &["--instances", "1", "--data-quota", "1MiB"]);
+    server.wait_for_log(&["more than its quota"]);
+    let told = python(
+        &server,
+        &[
+            OUTCOME,
+            DATABASE,
+            r#"
+result = list(database.execute("SELECT count(*), max(length(text)) FROM item").fetchone())
+result.append(outcome(lambda: write("/data/b", b"x")))
+result.append(outcome(lambda: os.truncate("/data/a", 1 << 20)))
+result.append(os.path.getsize("/data/a"))
+result.append(outcome(lambda: open("/data/a", "wb").close()))
+result.append(os.path.getsize("/data/a"))
+"#,
+        ]
+        .concat(),
+    );
+    assert_eq!(told, json!([2000, 500, "full", null, 1 << 20, null, 0]));
+    assert!(!data.path().join("shop.db-journal").exists(), "it was not rolled back");
+    server.finish();
+}
+
+#[test]
+fn locks_of_sqlite_cost_no_descriptors() {
+    let data = tempfile::tempdir().unwrap();
+    let server = serve(data.path(), &["--instances", "1"]);
+    assert_eq!(server.get("/served").ok(), "1");
+    let open = || std::fs::read_dir(format!("/proc/{}/fd", server.id())).unwrap().count();
+    let before = open();
+    let code = r#"
+import os
+made = 0
+for number in range(200):
+    name = f"/data/d{number}/e"
+    os.makedirs(name)
+    with open(f"{name}/x.db", "w"):
+        pass
+    directory = os.open(name, os.O_RDONLY | os.O_DIRECTORY)
+    os.mkdir("x.db.lock", dir_fd=directory)
+    os.close(directory)
+result = [number for number in range(200) if os.path.exists(f"/data/d{number}/e/x.db.lock")]
+"#;
+    assert_eq!(python(&server, code).as_array().unwrap().len(), 200);
+    assert!(open() < before + 20, "{} descriptors, {before} before", open());
+    // They go with their instance, wherever they are.
+    server.get("/abort");
+    server.wait_for_log(&["released 200 locks"]);
+    assert!(!data.path().join("d7/e/x.db.lock").exists());
+    server.finish();
+}
+
+#[test]
 fn the_quota_holds_under_concurrent_writers() {
     let data = tempfile::tempdir().unwrap();
     let server = serve(data.path(), &["--data-quota", "8MiB", "--instances", "6", "--isolation", "request"]);

@@ -179,3 +179,18 @@ fn expect_continue_is_answered_when_the_app_reads() {
     assert_eq!(connection.read_head().status, 200, "an app that does not read wants no body");
     server.finish();
 }
+
+#[test]
+fn each_piece_has_its_time() {
+    let server = Server::start("behaviours", &["--timeout", "3s", "--instances", "1"]);
+    // Longer in all than one piece may take.
+    assert_eq!(server.get("/work-slowly?5;1;").ok(), "0\n1\n2\n3\n4\n");
+    // One that takes longer is the end, and the app hears of it where it can.
+    for ending in ["spin", "sleep"] {
+        let response = server.get(&format!("/work-slowly?4;1;{ending}"));
+        assert!(response.cut, "{response:?}");
+        assert_eq!(response.text(), "0\n1\n2\n3\n");
+    }
+    server.wait_for_log(&["RequestTimeout"]);
+    server.finish();
+}

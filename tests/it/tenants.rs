@@ -216,7 +216,7 @@ fn tenants_are_suspended_and_resumed_and_it_lasts() {
 fn a_tenants_memory_is_one_number_and_bounded() {
     let config = TWO.replace(
         "instances = { max = 1 }",
-        "instances = { max = 4 }\nlimits = { memory = \"64MiB\", total_memory = \"38MiB\", queue_wait = \"60s\" }",
+        "instances = { max = 4 }\nlimits = { memory = \"64MiB\", total_memory = \"44MiB\", queue_wait = \"60s\" }",
     );
     let platform = Platform::start(&config);
     let held = || platform.status("two")["memory"].as_u64().unwrap();

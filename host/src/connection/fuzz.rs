@@ -39,6 +39,7 @@ async fn converse(pieces: Vec<Vec<u8>>, buffer: usize) -> (Vec<Seen>, Vec<u8>, b
         requests: AtomicU64::new(0),
         active: AtomicU64::new(0),
         idle: Notify::new(),
+        end: Mutex::default(),
         refused: OnceLock::new(),
     });
     let (ours, theirs) = tokio::io::duplex(buffer);

@@ -47,7 +47,9 @@ use crate::units::Size;
 const MAX_DEPTH: usize = 64;
 /// Files, directories and listings that one instance may have open.
 const MAX_OPEN: usize = 64;
-/// The same for all instances together: each is a descriptor of the host.
+/// Files on their way to clients that one tenant may have open.
+const MAX_SENT: usize = 256;
+/// The same for all together: each is a descriptor of the host.
 const MAX_OPEN_TOGETHER: usize = 512;
 /// Locks of instances that are remembered.
 const MAX_LOCKS: usize = 1024;
@@ -95,7 +97,8 @@ type Key = (u64, u64);
 #[derive(Debug)]
 struct Lock {
     holder: u64,
-    directory: Arc<Dir>,
+    /// From the granted directory on: a descriptor would be one that no bound
+    /// counts.
     path: String,
 }
 
@@ -110,13 +113,14 @@ struct Node {
     nameless: AtomicBool,
 }
 
-/// One instance's share of a grant. When it is dropped, with the last
-/// operation of the instance, its locks go.
+/// One instance's share of a grant, or that of the files which a tenant sends.
+/// When it is dropped, with the last operation of the instance, its locks go.
 #[derive(Debug)]
 pub struct Holder {
     grant: Arc<Grant>,
     number: u64,
     open: AtomicUsize,
+    max_open: usize,
 }
 
 /// The right to one descriptor.
@@ -127,6 +131,9 @@ struct Slot(Arc<Holder>);
 #[derive(Debug)]
 pub struct Directory {
     directory: Arc<Dir>,
+    /// Where it was when it was opened, from the granted directory on. None if
+    /// that is too long a path.
+    path: Option<String>,
     /// Directories above it in the grant.
     depth: usize,
     holder: Arc<Holder>,
@@ -242,12 +249,23 @@ impl Grant {
 
     /// The share of a new instance.
     pub fn holder(self: &Arc<Self>) -> Arc<Holder> {
+        self.share(MAX_OPEN)
+    }
+
+    /// The share of the files that a tenant sends. Not their instances' own: a
+    /// slow client must not keep locks of an instance that is gone.
+    pub fn sender(self: &Arc<Self>) -> Arc<Holder> {
+        self.share(MAX_SENT)
+    }
+
+    fn share(self: &Arc<Self>, max_open: usize) -> Arc<Holder> {
         let number = self.holders.fetch_add(1, Ordering::Relaxed);
-        Arc::new(Holder { grant: Arc::clone(self), number, open: AtomicUsize::new(0) })
+        Arc::new(Holder { grant: Arc::clone(self), number, open: AtomicUsize::new(0), max_open })
     }
 
     fn take_bytes(&self, more: u64) -> Result<(), ErrorCode> {
-        self.take(&self.bytes, &self.max_bytes, more)
+        // Beyond a quota that became smaller, what takes nothing is still fine.
+        if more == 0 { Ok(()) } else { self.take(&self.bytes, &self.max_bytes, more) }
     }
 
     fn give_bytes(&self, less: u64) {
@@ -372,7 +390,7 @@ impl Holder {
     /// The granted directory itself.
     pub fn root(self: &Arc<Self>) -> Directory {
         let directory = Arc::clone(&self.grant.root);
-        Directory { directory, depth: 0, holder: Arc::clone(self), _slot: None }
+        Directory { directory, path: Some(".".into()), depth: 0, holder: Arc::clone(self), _slot: None }
     }
 
     fn slot(self: &Arc<Self>) -> Result<Slot, ErrorCode> {
@@ -381,7 +399,8 @@ impl Holder {
         let all = self.grant.open.fetch_add(1, Ordering::Relaxed);
         let slot = Slot(Arc::clone(self));
         // WASI has no code for too many open files.
-        if mine < MAX_OPEN && all < MAX_OPEN_TOGETHER { Ok(slot) } else { Err(ErrorCode::InsufficientMemory) }
+        let is_free = mine < self.max_open && all < MAX_OPEN_TOGETHER;
+        if is_free { Ok(slot) } else { Err(ErrorCode::InsufficientMemory) }
     }
 }
 
@@ -400,11 +419,11 @@ impl Drop for Holder {
         let release = move || {
             let _names = grant.names.write().unwrap_or_else(PoisonError::into_inner);
             let mut released = Vec::new();
-            for (key, Lock { directory, path, .. }) in held {
-                let metadata = directory.symlink_metadata(&path);
+            for (key, Lock { path, .. }) in held {
+                let metadata = grant.root.symlink_metadata(&path);
                 if let Ok(metadata) = metadata
                     && self::key(&metadata) == key
-                    && remove_lock(&directory, &path)
+                    && remove_lock(&grant.root, &path)
                 {
                     grant.forget(&metadata);
                     released.push(path);
@@ -483,6 +502,12 @@ impl Directory {
         if depth > MAX_DEPTH { Err(ErrorCode::NameTooLong) } else { Ok(depth) }
     }
 
+    /// What `path` is from the granted directory on.
+    fn path_from_root(&self, path: &str) -> Option<String> {
+        let path = format!("{}/{path}", self.path.as_ref()?);
+        path::check(&path).ok().map(|()| path)
+    }
+
     /// Opens what is at `path`.
     pub fn open(&self, path: &str, follow: bool, options: Options) -> Result<Opened, ErrorCode> {
         let depth = self.depth_of(path)?;
@@ -520,8 +545,8 @@ impl Directory {
         let metadata = file.metadata()?;
         if metadata.is_dir() {
             let directory = Arc::new(Dir::from_std_file(file));
-            let holder = Arc::clone(&self.holder);
-            return Ok(Opened::Directory(Directory { directory, depth, holder, _slot: Some(slot) }));
+            let (path, holder) = (self.path_from_root(path), Arc::clone(&self.holder));
+            return Ok(Opened::Directory(Directory { directory, path, depth, holder, _slot: Some(slot) }));
         }
         if !metadata.is_file() {
             return Err(ErrorCode::NotPermitted);
@@ -578,11 +603,11 @@ impl Directory {
         self.directory.create_dir(path).inspect_err(|_| grant.give_file())?;
         if path.ends_with(LOCK)
             && let Ok(metadata) = self.directory.symlink_metadata(path)
+            && let Some(path) = self.path_from_root(path)
         {
             let mut locks = grant.locks();
             if locks.len() < MAX_LOCKS {
-                let (directory, path) = (Arc::clone(&self.directory), path.to_owned());
-                locks.insert(key(&metadata), Lock { holder: self.holder.number, directory, path });
+                locks.insert(key(&metadata), Lock { holder: self.holder.number, path });
             }
         }
         Ok(())

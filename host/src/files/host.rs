@@ -8,7 +8,6 @@ use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use rustix::io::{Errno, ReadWriteFlags, preadv2};
-use tokio::task::JoinHandle;
 use wasmtime::component::{HasData, Linker, Resource, ResourceTable};
 use wasmtime_wasi::async_trait;
 use wasmtime_wasi::p2::bindings::clocks::wall_clock::Datetime;
@@ -27,6 +26,8 @@ use super::FileSpace;
 use super::granted::{self, Opened};
 use super::image::Image;
 use super::memory::{self, Options};
+use crate::disk::{self, Work};
+use crate::footprint::{self, Footprint};
 
 /// Bytes that one read or write moves at most.
 const MAX_TRANSFER: usize = 256 << 10;
@@ -134,10 +135,13 @@ pub fn add_to_linker<T: Send + 'static>(
 
 /// Does what may wait for a disk, off the runtime's threads. It is done to
 /// its end even if the guest is stopped meanwhile.
-async fn off_thread<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ErrorCode> + Send + 'static,
-) -> Result<T, ErrorCode> {
-    tokio::task::spawn_blocking(work).await.unwrap_or(Err(ErrorCode::Io))
+fn off_thread<T, W>(footprint: &Footprint, work: W) -> impl Future<Output = Result<T, ErrorCode>> + use<T, W>
+where
+    T: Send + 'static,
+    W: FnOnce() -> Result<T, ErrorCode> + Send + 'static,
+{
+    let work = disk::begin(footprint, work);
+    async { work.await.unwrap_or(Err(ErrorCode::Io)) }
 }
 
 /// Reads from a file, if that needs no waiting.
@@ -179,32 +183,36 @@ impl Node {
         }
     }
 
-    /// The same, also if it takes time.
-    async fn read(&self, offset: u64, length: usize) -> Result<Vec<u8>, ErrorCode> {
-        if let Some(read) = self.read_now(offset, length) {
-            return read;
-        }
-        let (node, length) = (self.clone(), length.min(MAX_TRANSFER));
-        off_thread(move || match &node {
+    /// The same, also if it takes time: off the runtime's threads.
+    fn read_waiting(&self, offset: u64, length: usize) -> Result<Vec<u8>, ErrorCode> {
+        let length = length.min(MAX_TRANSFER);
+        match self {
             Node::Image(image, node) => {
                 let (file, at, length) = image.place(*node, offset, length)?;
                 read_waiting(file, at, length)
             }
             Node::File(file) => read_waiting(file.file(), offset, length),
             Node::Memory(_) | Node::Directory(_) => Err(ErrorCode::Io),
-        })
-        .await
+        }
     }
 
-    /// Starts to write all of `bytes`.
-    fn write(&self, at: WriteAt, bytes: Bytes) -> Writing {
+    /// Begins to write all of `bytes`. They are held until they are written,
+    /// also if the guest has lost its interest by then.
+    fn write(&self, footprint: &Arc<Footprint>, at: WriteAt, bytes: Bytes) -> Writing {
         match self {
             Node::Image(..) => Writing::Done(Err(ErrorCode::NotPermitted)),
             Node::Memory(file) => Writing::Done(file.write(at, &bytes)),
             Node::Directory(_) => Writing::Done(Err(ErrorCode::IsDirectory)),
             Node::File(file) => {
+                let Some(held) = footprint.try_hold(bytes.len() as u64 + footprint::MESSAGE) else {
+                    return Writing::Done(Err(ErrorCode::InsufficientMemory));
+                };
                 let file = Arc::clone(file);
-                Writing::Started(tokio::task::spawn_blocking(move || file.write(at, &bytes)))
+                Writing::Begun(disk::begin(footprint, move || {
+                    let written = file.write(at, &bytes);
+                    drop((bytes, held));
+                    written
+                }))
             }
         }
     }
@@ -236,7 +244,12 @@ impl Node {
         }
     }
 
-    async fn stat_at(&self, path: String, follow: bool) -> Result<(Stat, Identity), ErrorCode> {
+    async fn stat_at(
+        &self,
+        footprint: &Footprint,
+        path: String,
+        follow: bool,
+    ) -> Result<(Stat, Identity), ErrorCode> {
         match self {
             Node::Image(image, node) => {
                 let node = image.look_up(*node, &path)?;
@@ -245,7 +258,7 @@ impl Node {
             Node::Memory(handle) => Ok((handle.stat_at(&path)?, handle.identity_at(&path)?)),
             Node::Directory(directory) => {
                 let directory = Arc::clone(directory);
-                off_thread(move || directory.stat_at(&path, follow)).await
+                off_thread(footprint, move || directory.stat_at(&path, follow)).await
             }
             Node::File(_) => Err(ErrorCode::NotDirectory),
         }
@@ -254,14 +267,14 @@ impl Node {
 
 enum Writing {
     Done(Result<(), ErrorCode>),
-    Started(JoinHandle<Result<(), ErrorCode>>),
+    Begun(Work<Result<(), ErrorCode>>),
 }
 
 impl Writing {
     async fn finish(self) -> Result<(), ErrorCode> {
         match self {
             Writing::Done(done) => done,
-            Writing::Started(task) => task.await.unwrap_or(Err(ErrorCode::Io)),
+            Writing::Begun(work) => work.await.unwrap_or(Err(ErrorCode::Io)),
         }
     }
 }
@@ -308,7 +321,12 @@ impl FileView<'_> {
         at: WriteAt,
     ) -> FsResult<Resource<DynOutputStream>> {
         let node = self.writable(fd)?;
-        let stream: DynOutputStream = Box::new(WriteStream { node, at, state: WriteState::Idle });
+        let stream: DynOutputStream = Box::new(WriteStream {
+            node,
+            footprint: Arc::clone(&self.space.footprint),
+            at,
+            state: WriteState::Idle,
+        });
         Ok(self.table.push(stream).map_err(|_| ErrorCode::InsufficientMemory)?)
     }
 
@@ -355,8 +373,12 @@ impl types::HostDescriptor for FileView<'_> {
         fd: Resource<types::Descriptor>,
         offset: Filesize,
     ) -> FsResult<Resource<DynInputStream>> {
-        let stream = ReadStream { node: self.readable(&fd)?, position: offset, state: ReadState::Idle };
-        let stream: DynInputStream = Box::new(stream);
+        let stream: DynInputStream = Box::new(ReadStream {
+            node: self.readable(&fd)?,
+            footprint: Arc::clone(&self.space.footprint),
+            position: offset,
+            state: ReadState::Idle,
+        });
         Ok(self.table.push(stream).map_err(|_| ErrorCode::InsufficientMemory)?)
     }
 
@@ -389,16 +411,20 @@ impl types::HostDescriptor for FileView<'_> {
     async fn sync_data(&mut self, fd: Resource<types::Descriptor>) -> FsResult<()> {
         match self.node(&fd)? {
             Node::Image(..) | Node::Memory(_) => Ok(()),
-            Node::Directory(directory) => Ok(off_thread(move || directory.sync()).await?),
-            Node::File(file) => Ok(off_thread(move || file.sync(true)).await?),
+            Node::Directory(directory) => {
+                Ok(off_thread(&self.space.footprint, move || directory.sync()).await?)
+            }
+            Node::File(file) => Ok(off_thread(&self.space.footprint, move || file.sync(true)).await?),
         }
     }
 
     async fn sync(&mut self, fd: Resource<types::Descriptor>) -> FsResult<()> {
         match self.node(&fd)? {
             Node::Image(..) | Node::Memory(_) => Ok(()),
-            Node::Directory(directory) => Ok(off_thread(move || directory.sync()).await?),
-            Node::File(file) => Ok(off_thread(move || file.sync(false)).await?),
+            Node::Directory(directory) => {
+                Ok(off_thread(&self.space.footprint, move || directory.sync()).await?)
+            }
+            Node::File(file) => Ok(off_thread(&self.space.footprint, move || file.sync(false)).await?),
         }
     }
 
@@ -413,7 +439,7 @@ impl types::HostDescriptor for FileView<'_> {
     async fn set_size(&mut self, fd: Resource<types::Descriptor>, size: Filesize) -> FsResult<()> {
         match self.writable(&fd)? {
             Node::Memory(file) => Ok(file.set_size(size)?),
-            Node::File(file) => Ok(off_thread(move || file.set_size(size)).await?),
+            Node::File(file) => Ok(off_thread(&self.space.footprint, move || file.set_size(size)).await?),
             Node::Image(..) | Node::Directory(_) => Err(ErrorCode::NotPermitted.into()),
         }
     }
@@ -429,9 +455,11 @@ impl types::HostDescriptor for FileView<'_> {
             Node::Image(..) => Err(ErrorCode::NotPermitted.into()),
             Node::Memory(handle) => Ok(handle.set_times(accessed, modified)?),
             Node::Directory(directory) => {
-                Ok(off_thread(move || directory.set_times(accessed, modified)).await?)
+                Ok(off_thread(&self.space.footprint, move || directory.set_times(accessed, modified)).await?)
             }
-            Node::File(file) => Ok(off_thread(move || file.set_times(accessed, modified)).await?),
+            Node::File(file) => {
+                Ok(off_thread(&self.space.footprint, move || file.set_times(accessed, modified)).await?)
+            }
         }
     }
 
@@ -442,7 +470,11 @@ impl types::HostDescriptor for FileView<'_> {
         offset: Filesize,
     ) -> FsResult<(Vec<u8>, bool)> {
         let length = usize::try_from(length).unwrap_or(usize::MAX);
-        let bytes = self.readable(&fd)?.read(offset, length).await?;
+        let node = self.readable(&fd)?;
+        let bytes = match node.read_now(offset, length) {
+            Some(read) => read?,
+            None => off_thread(&self.space.footprint, move || node.read_waiting(offset, length)).await?,
+        };
         let at_end = bytes.is_empty();
         Ok((bytes, at_end))
     }
@@ -456,7 +488,7 @@ impl types::HostDescriptor for FileView<'_> {
         let node = self.writable(&fd)?;
         bytes.truncate(MAX_TRANSFER);
         let length = bytes.len() as Filesize;
-        node.write(WriteAt::Offset(offset), bytes.into()).finish().await?;
+        node.write(&self.space.footprint, WriteAt::Offset(offset), bytes.into()).finish().await?;
         Ok(length)
     }
 
@@ -472,7 +504,7 @@ impl types::HostDescriptor for FileView<'_> {
             Node::Image(image, node) => Listing::Image { image, node, index: 0 },
             Node::Memory(directory) => Listing::Memory { directory, after: None },
             Node::Directory(directory) => {
-                let listing = off_thread(move || directory.list()).await?;
+                let listing = off_thread(&self.space.footprint, move || directory.list()).await?;
                 Listing::Granted { listing: Some(listing), batch: VecDeque::new() }
             }
             Node::File(_) => return Err(ErrorCode::NotDirectory.into()),
@@ -489,7 +521,9 @@ impl types::HostDescriptor for FileView<'_> {
             }
             .into()),
             Node::Memory(directory) => Ok(directory.create_directory(&path)?),
-            Node::Directory(directory) => Ok(off_thread(move || directory.create_directory(&path)).await?),
+            Node::Directory(directory) => {
+                Ok(off_thread(&self.space.footprint, move || directory.create_directory(&path)).await?)
+            }
             Node::File(_) => Err(ErrorCode::NotDirectory.into()),
         }
     }
@@ -504,7 +538,7 @@ impl types::HostDescriptor for FileView<'_> {
         path_flags: PathFlags,
         path: String,
     ) -> FsResult<DescriptorStat> {
-        Ok(self.node(&fd)?.stat_at(path, follows(path_flags)).await?.0.into())
+        Ok(self.node(&fd)?.stat_at(&self.space.footprint, path, follows(path_flags)).await?.0.into())
     }
 
     async fn set_times_at(
@@ -520,9 +554,10 @@ impl types::HostDescriptor for FileView<'_> {
         match self.node(&fd)? {
             Node::Image(..) => Err(ErrorCode::NotPermitted.into()),
             Node::Memory(directory) => Ok(directory.set_times_at(&path, accessed, modified)?),
-            Node::Directory(directory) => {
-                Ok(off_thread(move || directory.set_times_at(&path, follow, accessed, modified)).await?)
-            }
+            Node::Directory(directory) => Ok(off_thread(&self.space.footprint, move || {
+                directory.set_times_at(&path, follow, accessed, modified)
+            })
+            .await?),
             Node::File(_) => Err(ErrorCode::NotDirectory.into()),
         }
     }
@@ -575,7 +610,9 @@ impl types::HostDescriptor for FileView<'_> {
             }
             Node::Memory(directory) => Node::Memory(directory.open(&path, options)?),
             Node::Directory(directory) => {
-                match off_thread(move || directory.open(&path, follow, options)).await? {
+                match off_thread(&self.space.footprint, move || directory.open(&path, follow, options))
+                    .await?
+                {
                     Opened::Directory(directory) => Node::Directory(Arc::new(directory)),
                     Opened::File(file) => Node::File(Arc::new(file)),
                 }
@@ -591,9 +628,11 @@ impl types::HostDescriptor for FileView<'_> {
 
     async fn readlink_at(&mut self, fd: Resource<types::Descriptor>, path: String) -> FsResult<String> {
         match self.node(&fd)? {
-            Node::Directory(directory) => Ok(off_thread(move || directory.read_link(&path)).await?),
+            Node::Directory(directory) => {
+                Ok(off_thread(&self.space.footprint, move || directory.read_link(&path)).await?)
+            }
             // Nothing there is a link.
-            node => match node.stat_at(path, false).await {
+            node => match node.stat_at(&self.space.footprint, path, false).await {
                 Ok(_) => Err(ErrorCode::Invalid.into()),
                 Err(error) => Err(error.into()),
             },
@@ -607,7 +646,9 @@ impl types::HostDescriptor for FileView<'_> {
                 Err(ErrorCode::NotPermitted.into())
             }
             Node::Memory(directory) => Ok(directory.remove_directory(&path)?),
-            Node::Directory(directory) => Ok(off_thread(move || directory.remove_directory(&path)).await?),
+            Node::Directory(directory) => {
+                Ok(off_thread(&self.space.footprint, move || directory.remove_directory(&path)).await?)
+            }
             Node::File(_) => Err(ErrorCode::NotDirectory.into()),
         }
     }
@@ -623,7 +664,7 @@ impl types::HostDescriptor for FileView<'_> {
             (Node::Image(..), Node::Image(..)) => Err(ErrorCode::NotPermitted.into()),
             (Node::Memory(old), Node::Memory(new)) => Ok(old.rename(&old_path, &new, &new_path)?),
             (Node::Directory(old), Node::Directory(new)) => {
-                Ok(off_thread(move || old.rename(&old_path, &new, &new_path)).await?)
+                Ok(off_thread(&self.space.footprint, move || old.rename(&old_path, &new, &new_path)).await?)
             }
             (Node::File(_), _) | (_, Node::File(_)) => Err(ErrorCode::NotDirectory.into()),
             _ => Err(ErrorCode::CrossDevice.into()),
@@ -647,7 +688,9 @@ impl types::HostDescriptor for FileView<'_> {
                 Err(ErrorCode::NotPermitted.into())
             }
             Node::Memory(directory) => Ok(directory.remove_file(&path)?),
-            Node::Directory(directory) => Ok(off_thread(move || directory.remove_file(&path)).await?),
+            Node::Directory(directory) => {
+                Ok(off_thread(&self.space.footprint, move || directory.remove_file(&path)).await?)
+            }
             Node::File(_) => Err(ErrorCode::NotDirectory.into()),
         }
     }
@@ -671,7 +714,7 @@ impl types::HostDescriptor for FileView<'_> {
         path_flags: PathFlags,
         path: String,
     ) -> FsResult<MetadataHashValue> {
-        Ok(self.node(&fd)?.stat_at(path, follows(path_flags)).await?.1.into())
+        Ok(self.node(&fd)?.stat_at(&self.space.footprint, path, follows(path_flags)).await?.1.into())
     }
 
     fn drop(&mut self, fd: Resource<types::Descriptor>) -> wasmtime::Result<()> {
@@ -703,7 +746,8 @@ impl types::HostDirectoryEntryStream for FileView<'_> {
                 if batch.is_empty()
                     && let Some(mut rest) = listing.take()
                 {
-                    let (entries, rest) = off_thread(move || Ok((rest.next_entries()?, rest))).await?;
+                    let (entries, rest) =
+                        off_thread(&self.space.footprint, move || Ok((rest.next_entries()?, rest))).await?;
                     // Closed as soon as it has no more.
                     *listing = (!entries.is_empty()).then_some(rest);
                     batch.extend(entries);
@@ -762,6 +806,7 @@ impl From<Stat> for DescriptorStat {
 /// then fills; with an end that stays, it would find no database there.
 struct ReadStream {
     node: Node,
+    footprint: Arc<Footprint>,
     position: u64,
     state: ReadState,
 }
@@ -771,16 +816,36 @@ enum ReadState {
     Idle,
     /// A read of so many bytes found nothing in memory.
     Waiting(usize),
+    /// They are being read. Stays so if the guest stops waiting, for which it
+    /// needs but a second pollable: then it waits for the same read again.
+    Reading(Work<Result<Bytes, ErrorCode>>),
     /// What was read since.
     Read(Result<Bytes, ErrorCode>),
+}
+
+impl ReadStream {
+    /// Begins to read `size` bytes, which are held until the guest has them.
+    fn begin(&self, size: usize) -> ReadState {
+        let size = size.min(MAX_TRANSFER);
+        let Some(held) = self.footprint.try_hold(size as u64 + footprint::MESSAGE) else {
+            return ReadState::Read(Err(ErrorCode::InsufficientMemory));
+        };
+        let (node, position) = (self.node.clone(), self.position);
+        ReadState::Reading(disk::begin(&self.footprint, move || {
+            node.read_waiting(position, size).map(|bytes| held.tie(bytes))
+        }))
+    }
 }
 
 #[async_trait]
 impl Pollable for ReadStream {
     async fn ready(&mut self) {
         if let ReadState::Waiting(size) = self.state {
-            let read = self.node.read(self.position, size).await;
-            self.state = ReadState::Read(read.map(Bytes::from));
+            self.state = self.begin(size);
+        }
+        if let ReadState::Reading(work) = &mut self.state {
+            let read = work.await.unwrap_or(Err(ErrorCode::Io));
+            self.state = ReadState::Read(read);
         }
     }
 }
@@ -795,6 +860,10 @@ impl InputStream for ReadStream {
             ReadState::Read(read) => Some(read),
             ReadState::Idle => self.node.read_now(self.position, size).map(|read| read.map(Bytes::from)),
             ReadState::Waiting(_) => None,
+            reading @ ReadState::Reading(_) => {
+                self.state = reading;
+                return Ok(Bytes::new());
+            }
         };
         match read {
             Some(Ok(bytes)) if bytes.is_empty() => Err(StreamError::Closed),
@@ -825,13 +894,14 @@ impl InputStream for ReadStream {
 /// write has failed: SQLite must be able to undo what it can not finish.
 struct WriteStream {
     node: Node,
+    footprint: Arc<Footprint>,
     at: WriteAt,
     state: WriteState,
 }
 
 enum WriteState {
     Idle,
-    Writing(JoinHandle<Result<(), ErrorCode>>, usize),
+    Writing(Work<Result<(), ErrorCode>>, usize),
     Failed(ErrorCode),
 }
 
@@ -859,9 +929,9 @@ impl WriteStream {
 #[async_trait]
 impl Pollable for WriteStream {
     async fn ready(&mut self) {
-        if let WriteState::Writing(task, length) = &mut self.state {
+        if let WriteState::Writing(work, length) = &mut self.state {
             let length = *length;
-            let result = task.await.unwrap_or(Err(ErrorCode::Io));
+            let result = work.await.unwrap_or(Err(ErrorCode::Io));
             self.finished(length, result);
         }
     }
@@ -875,9 +945,9 @@ impl OutputStream for WriteStream {
             return Err(StreamError::trap("written without a permit of check-write"));
         }
         let length = bytes.len();
-        match self.node.write(self.at, bytes) {
+        match self.node.write(&self.footprint, self.at, bytes) {
             Writing::Done(result) => self.finished(length, result),
-            Writing::Started(task) => self.state = WriteState::Writing(task, length),
+            Writing::Begun(work) => self.state = WriteState::Writing(work, length),
         }
         Ok(())
     }
@@ -901,5 +971,77 @@ impl OutputStream for WriteStream {
     async fn cancel(&mut self) {
         // What a guest writes next must not overtake this.
         self.ready().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files::granted::{Grant, Quota};
+
+    const QUOTA: Quota = Quota { bytes: 1 << 30, files: 100 };
+
+    fn granted_file(directory: &std::path::Path) -> Node {
+        let root = Grant::open(directory, QUOTA).unwrap().holder().root();
+        let options = Options { create: true, write: true, ..Options::default() };
+        match root.open("file", true, options).unwrap() {
+            Opened::File(file) => Node::File(Arc::new(file)),
+            Opened::Directory(_) => panic!("it is a directory"),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_many_streams_write_at_once_is_bounded() {
+        let directory = tempfile::tempdir().unwrap();
+        let footprint = Footprint::new(Some(10 << 20));
+        let node = granted_file(directory.path());
+        let places = Arc::clone(footprint.disk_places());
+        let all = Arc::clone(&places).acquire_many_owned(16).await.unwrap();
+        let mut refused = 0;
+        for number in 0..1000 {
+            let footprint = Arc::clone(&footprint);
+            let at = WriteAt::Offset(number << 18);
+            let mut stream = WriteStream { node: node.clone(), footprint, at, state: WriteState::Idle };
+            stream.write(vec![b'x'; MAX_TRANSFER].into()).unwrap();
+            refused += u64::from(matches!(stream.state, WriteState::Failed(ErrorCode::InsufficientMemory)));
+            // It is dropped, and its write goes on.
+        }
+        assert!(footprint.held() <= 10 << 20 && refused > 900, "{} and {refused}", footprint.held());
+        drop(all);
+        while footprint.held() > 0 {
+            tokio::task::yield_now().await;
+        }
+        assert_eq!(node.stat().unwrap().0.size, (1000 - refused) << 18);
+    }
+
+    #[tokio::test]
+    async fn a_read_is_begun_once_and_held() {
+        let directory = tempfile::tempdir().unwrap();
+        let footprint = Footprint::new(None);
+        let node = granted_file(directory.path());
+        node.write(&footprint, WriteAt::End, vec![b'x'; 1000].into()).finish().await.unwrap();
+        let all = Arc::clone(footprint.disk_places()).acquire_many_owned(16).await.unwrap();
+        let mut stream = ReadStream {
+            node,
+            footprint: Arc::clone(&footprint),
+            position: 0,
+            state: ReadState::Waiting(500),
+        };
+        for _ in 0..10 {
+            // Another pollable was ready first.
+            tokio::select! {
+                biased;
+                () = stream.ready() => panic!("there is no place for it"),
+                () = std::future::ready(()) => {}
+            }
+            assert!(stream.read(100).unwrap().is_empty());
+        }
+        assert_eq!(footprint.held(), 500 + footprint::MESSAGE);
+        drop(all);
+        let bytes = stream.blocking_read(100).await.unwrap();
+        assert_eq!(&bytes[..], [b'x'; 100]);
+        drop(bytes);
+        assert_eq!(footprint.held(), 0);
+        assert_eq!(stream.position, 100);
     }
 }

@@ -31,7 +31,8 @@ const MAX_DEPTH: usize = 64;
 /// One layer's files.
 #[derive(Debug)]
 pub struct Image {
-    file: File,
+    /// Shared with the responses that are parts of it.
+    file: Arc<File>,
     /// The root first; the entries of a directory follow one another, sorted.
     nodes: Vec<Node>,
     /// When the layer came to this host. Stands for the time of every file,
@@ -96,7 +97,7 @@ impl Image {
         Ok(Image {
             nodes: flatten(draft),
             modified: metadata.modified().unwrap_or(SystemTime::UNIX_EPOCH),
-            file,
+            file: Arc::new(file),
             number: NUMBER.fetch_add(1, Ordering::Relaxed),
         })
     }
@@ -164,7 +165,12 @@ impl Image {
 
     /// Where in the cache's file to read for `length` bytes at `offset` of a
     /// file: the place, and how many there are.
-    pub fn place(&self, node: u32, offset: u64, length: usize) -> Result<(&File, u64, usize), ErrorCode> {
+    pub fn place(
+        &self,
+        node: u32,
+        offset: u64,
+        length: usize,
+    ) -> Result<(&Arc<File>, u64, usize), ErrorCode> {
         let Kind::File { offset: start, length: size } = self.node(node).kind else {
             return Err(ErrorCode::IsDirectory);
         };
@@ -295,7 +301,7 @@ mod tests {
             assert_eq!(node, image.look_up(b, "c").unwrap());
             let (file, at, length) = image.place(node, 1, 100).unwrap();
             let mut content = vec![0; length];
-            std::os::unix::fs::FileExt::read_exact_at(file, &mut content, at).unwrap();
+            std::os::unix::fs::FileExt::read_exact_at(&**file, &mut content, at).unwrap();
             assert_eq!(content, b"/c");
         }
         assert_eq!(image.stat(image.look_up(root, &long).unwrap()).size, long.len() as u64);

@@ -112,6 +112,21 @@ def large_whole(environ, start_response):
     return [b"x" * int(environ["QUERY_STRING"])]
 
 
+def work_slowly(environ, start_response):
+    """Computes for so many seconds before each of so many pieces, and then for ever if asked to."""
+    number, seconds, ending = environ["QUERY_STRING"].split(";")
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    for index in range(int(number)):
+        end = time.monotonic() + float(seconds)
+        while time.monotonic() < end:
+            pass
+        yield b"%d\n" % index
+    if ending == "sleep":
+        time.sleep(3600)
+    while ending == "spin":
+        pass
+
+
 class Pieces:
     """Yields numbered pieces and remembers how it ended."""
 
@@ -686,7 +701,7 @@ ROUTES = {
     for function in (
         hello, show_environ, echo, count, count_only, lines, use_input, read_and_tell, ignore_body, stream_too_much,
         whole_too_much, whole_too_little, late_start, replace_head, replace_sent_head, start_twice, wrong_start,
-        ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, nap, keep_temporary,
+        ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, work_slowly, nap, keep_temporary,
         early_hints, late_early_hints, large, large_whole, stream, stream_exact,
         stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,

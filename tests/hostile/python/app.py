@@ -3,6 +3,7 @@
 Most take the query as a number: how much of it.
 """
 
+import functools
 import hashlib
 import os
 import re
@@ -119,6 +120,11 @@ def endless(number, start_response):
         yield piece
 
 
+def whole(number, start_response):
+    """So many bytes at once: the instance is done before the client has one."""
+    return reply(start_response, "x" * number)
+
+
 def many_headers(number, start_response):
     return reply(start_response, "many", [("X-Header", "x")] * number)
 
@@ -186,6 +192,34 @@ def churn_data(number, start_response):
     return reply(start_response, "churned")
 
 
+def send_data(number, start_response, environ):
+    """Has the host send a file of so many bytes."""
+    path = f"/data/{number}"
+    if not os.path.exists(path):
+        with open(path, "wb") as file:
+            file.write(b"x" * number)
+    start_response("200 OK", [("Content-Type", "application/octet-stream")])
+    return environ["wsgi.file_wrapper"](open(path, "rb"))
+
+
+@functools.cache
+def large_file():
+    return max((entry.path for entry in os.scandir("/python") if entry.is_file()), key=os.path.getsize)
+
+
+def send_own(number, start_response, environ):
+    """Has the host send a file of a layer."""
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return environ["wsgi.file_wrapper"](open(large_file(), "rb"))
+
+
+def remove_data(number, start_response):
+    names = os.listdir("/data")
+    for name in names:
+        os.unlink(f"/data/{name}")
+    return reply(start_response, len(names))
+
+
 def hoard_handles(directory, start_response):
     """Opens files until that fails, and keeps them open for a while."""
     held = []
@@ -241,14 +275,17 @@ ROUTES = {
     "/" + function.__name__.replace("_", "-"): function
     for function in (
         hello, spin, short_spin, stubborn, regular_expression, large_number, derive_keys, sleep, allocate, churn,
-        recurse, recurse_in_c, trap, tiny_writes, endless, many_headers, long_header, chatter, long_line, fill_tmp,
-        fill_data, churn_data, hoard_tmp, hoard_data, hoard_random, look_up, connect,
+        recurse, recurse_in_c, trap, tiny_writes, endless, whole, many_headers, long_header, chatter, long_line, fill_tmp,
+        fill_data, churn_data, remove_data, hoard_tmp, hoard_data, hoard_random, look_up, connect,
     )
 }  # fmt: skip
+SENDERS = {"/send-data": send_data, "/send-own": send_own}
 
 
 def app(environ, start_response):
     number = int(environ["QUERY_STRING"] or 0)
     if environ["PATH_INFO"] == "/read-slowly":
         return read_slowly(number, start_response, environ["wsgi.input"])
+    if sender := SENDERS.get(environ["PATH_INFO"]):
+        return sender(number, start_response, environ)
     return ROUTES[environ["PATH_INFO"]](number, start_response)
