@@ -14,7 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::{HeaderMap, Method, Request, Response, Uri, Version};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 
@@ -90,15 +90,32 @@ pub async fn answer(
     if link.is_h2 {
         // It has no such header (RFC 9113 section 8.2.2).
         response.headers_mut().remove(header::CONNECTION);
-    } else if number >= server.limits.requests {
+    } else if number >= link.limit || must_close(&link, &parts, &response) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     if let Some(record) = &mut record {
         record.status = response.status().as_u16();
-        record.wants_no_body = parts.method == Method::HEAD || matches!(record.status, 204 | 304);
+        record.wants_no_body = is_bodiless(&parts.method, response.status());
     }
     let stall = link.is_h2.then(Stall::current).flatten();
-    Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), record, _active: active }))
+    Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), record, active }))
+}
+
+/// Whether the connection ends after this response: hyper closes it if the
+/// client is still sending a body that nobody reads. And to HTTP/1.0 a body of
+/// unknown length is one that ends with the connection, whatever hyper says.
+fn must_close(link: &Link, parts: &Parts, response: &Response<Kind>) -> bool {
+    let is_unread = link.in_body() && !response.body().is_live();
+    let has_length = response.body().length().is_some()
+        || response.headers().contains_key(header::CONTENT_LENGTH)
+        || is_bodiless(&parts.method, response.status());
+    is_unread || (parts.version == Version::HTTP_10 && !has_length)
+}
+
+/// Whether a response has no body, whatever its app says.
+fn is_bodiless(method: &Method, status: StatusCode) -> bool {
+    *method == Method::HEAD
+        || matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED)
 }
 
 /// The steps around the app.
@@ -186,7 +203,7 @@ pub struct Body {
     /// What is left of a piece that was too large (HTTP/2 only).
     rest: Bytes,
     record: Option<Box<Record>>,
-    _active: Active,
+    active: Active,
 }
 
 impl Body {
@@ -216,8 +233,9 @@ impl http_body::Body for Body {
             stall.taken();
         }
         let piece = ready!(body.poll_piece(context));
-        if let (Some(stall), Some(Ok(_))) = (&body.stall, &piece) {
+        if let (Some(stall), Some(Ok(piece))) = (&body.stall, &piece) {
             stall.given();
+            body.active.gives(piece.len());
         }
         if let Some(record) = &mut body.record {
             match &piece {

@@ -16,7 +16,7 @@ use crate::app;
 use crate::cache::Cache;
 use crate::cli::{CheckArgs, HttpArgs, ServeArgs};
 use crate::config::{self, Instances, Limits, TenantConfig};
-use crate::connection::{ConnectionLimits, Peers, Server, converse};
+use crate::connection::{self, ConnectionLimits, Peers, Server};
 use crate::control;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
@@ -340,29 +340,40 @@ fn announce(line: &str) {
     println!("{line}");
 }
 
-/// Takes connections until told to stop.
+/// Takes connections until told to stop, and then those that wait already.
 async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Receiver<bool>) {
+    let place = || Arc::clone(&server.connections).acquire_owned();
+    let converse = |permit, accepted, stopping| {
+        tokio::spawn(connection::converse(Arc::clone(&server), accepted, permit, stopping));
+    };
     loop {
-        // Waiting for a free place first leaves further clients in the
-        // kernel's queue, where they cost us nothing.
+        // Clients too many wait in the kernel's queue, where they cost us
+        // nothing, but one for each listener: a place is taken only when there
+        // is a client, else a listener without clients would keep one.
         let accepted = tokio::select! {
-            accepted = async {
-                let permit = Arc::clone(&server.connections).acquire_owned().await;
-                (permit, listener.accept().await)
-            } => accepted,
-            _ = stopping.changed() => return,
+            accepted = async { drop(place().await); listener.accept().await } => accepted,
+            () = connection::stopped(&mut stopping) => break,
         };
         match accepted {
-            (Ok(permit), Ok(accepted)) => {
-                tokio::spawn(converse(Arc::clone(&server), accepted, permit, stopping.clone()));
-            }
-            (_, Err(error)) => {
+            Ok(accepted) => tokio::select! {
+                Ok(permit) = place() => converse(permit, accepted, stopping.clone()),
+                () = connection::told_to_end(&mut stopping, true) => break,
+            },
+            Err(error) => {
                 // EMFILE and its like last a while; an aborted connection does
                 // not, but a short rest hurts nobody.
                 tracing::warn!("failed to accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
-            (Err(_), _) => return,
         }
     }
+    // For their clients, connections in the kernel's queue are open already.
+    let waiting = async {
+        while let Ok(permit) = place().await
+            && let Ok(Some(accepted)) = listener.accept_waiting().await
+        {
+            converse(permit, accepted, stopping.clone());
+        }
+    };
+    let _ = tokio::time::timeout(connection::LAST_CALL, waiting).await;
 }

@@ -71,6 +71,30 @@ fn the_proxy_protocol_names_the_client() {
 }
 
 #[test]
+fn connections_are_counted_by_the_client_that_the_balancer_names() {
+    let server = Server::start("behaviours", &["--proxy-protocol", "--max-connections-per-client", "2"]);
+    let connect = |client: &str| {
+        let mut connection = server.connect();
+        let header = format!("PROXY TCP4 {client} 192.0.2.1 5000 80\r\n");
+        connection.send(header + "GET /hello HTTP/1.1\r\nHost: x\r\n\r\n");
+        connection
+    };
+    let mut open: Vec<_> = ["203.0.113.7", "203.0.113.8", "203.0.113.7", "203.0.113.9"]
+        .into_iter()
+        .map(|client| {
+            let mut connection = connect(client);
+            assert_eq!(connection.read_response("GET").ok(), "Hello, world!\n", "{client}");
+            connection
+        })
+        .collect();
+    assert!(connect("203.0.113.7").is_closed(), "one more than allowed is served");
+    let mut other = connect("203.0.113.8");
+    assert_eq!(other.read_response("GET").status, 200);
+    open.push(other);
+    server.finish();
+}
+
+#[test]
 fn sockets_are_taken_over_from_the_service_manager() {
     use std::os::fd::OwnedFd;
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
