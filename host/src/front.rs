@@ -21,13 +21,14 @@ use hyper::body::Incoming;
 use crate::access_log::{AccessLog, Line};
 use crate::compress::{self, Compressed};
 use crate::connection::{Active, Link, Server};
+use crate::exchange::has_no_body;
 use crate::failure::Failure;
 use crate::forwarded::Proxies;
-use crate::handler::{self, Answer, ResponseBody};
+use crate::handler::{self, Progress, ResponseBody};
 use crate::request_id::RequestId;
 use crate::stall::Stall;
 use crate::static_files::Mount;
-use crate::tenants::{Tenant, Tenants};
+use crate::tenants::Tenants;
 use crate::wire;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -92,6 +93,8 @@ pub async fn answer(
         response.headers_mut().remove(header::CONNECTION);
     } else if number >= link.limit || must_close(&link, &parts, &response) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        // Else hyper says `keep-alive` too, to an HTTP/1.0 client that has asked for it.
+        *response.version_mut() = parts.version;
     }
     if let Some(record) = &mut record {
         record.status = response.status().as_u16();
@@ -114,8 +117,7 @@ fn must_close(link: &Link, parts: &Parts, response: &Response<Kind>) -> bool {
 
 /// Whether a response has no body, whatever its app says.
 fn is_bodiless(method: &Method, status: StatusCode) -> bool {
-    *method == Method::HEAD
-        || matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED)
+    *method == Method::HEAD || has_no_body(status)
 }
 
 /// The steps around the app.
@@ -130,23 +132,26 @@ async fn respond(
     let front = &server.front;
     wire::check_request(parts, &server.limits.head)?;
     let connection = front.proxies.apply(link.is_trusted, parts, &link.connection)?;
-    let mut mounts = front.mounts.iter();
-    if let Some((mount, name)) = mounts.find_map(|mount| Some((mount, mount.below(parts.uri.path())?))) {
+    if let Some((mount, name)) = Mount::find(&front.mounts, parts.uri.path()) {
         if let Some(record) = record {
             record.client = connection.peer;
         }
         return Ok(handler::static_file(mount, name, parts, id).await.map(Kind::App));
     }
-    let Answer { response, queued, leased, tenant } =
-        handler::handle(&front.tenants, &connection, id, parts, incoming).await;
-    if let Some(record) = record {
-        record.client = connection.peer;
-        record.tenant = tenant;
-        record.queued = queued;
-        record.leased = leased;
-        if matches!(response.body(), ResponseBody::Complete { .. }) {
-            record.guest = leased.map(|leased| leased.elapsed());
+    let mut unlogged = Progress::default();
+    let mut record = record;
+    let progress = match record.as_deref_mut() {
+        Some(record) => {
+            record.client = connection.peer;
+            &mut record.progress
         }
+        None => &mut unlogged,
+    };
+    let response = handler::handle(&front.tenants, &connection, id, parts, incoming, progress).await;
+    if let Some(record) = record
+        && matches!(response.body(), ResponseBody::Complete { .. })
+    {
+        record.guest = record.progress.leased.map(|leased| leased.elapsed());
     }
     Ok(response.map(Kind::App))
 }
@@ -276,9 +281,8 @@ struct Record {
     host: Option<HeaderValue>,
     referer: Option<HeaderValue>,
     user_agent: Option<HeaderValue>,
-    tenant: Option<Arc<Tenant>>,
-    queued: Duration,
-    leased: Option<Instant>,
+    progress: Progress,
+    /// How long the guest was at work, if that is over.
     guest: Option<Duration>,
     status: u16,
     bytes: u64,
@@ -305,9 +309,7 @@ impl Record {
             host: value(&parts.headers, header::HOST),
             referer: value(&parts.headers, header::REFERER),
             user_agent: value(&parts.headers, header::USER_AGENT),
-            tenant: None,
-            queued: Duration::ZERO,
-            leased: None,
+            progress: Progress::default(),
             guest: None,
             status: 0,
             bytes: 0,
@@ -321,7 +323,8 @@ impl Drop for Record {
     fn drop(&mut self) {
         let target = self.head.as_ref().and_then(|(_, uri, _)| uri.path_and_query());
         let authority = self.head.as_ref().and_then(|(_, uri, _)| uri.authority());
-        let still_working = || self.leased.map(|leased| leased.elapsed()).unwrap_or_default();
+        let is_answered = self.status != 0 && !self.progress.is_deserted;
+        let still_working = || self.progress.leased.map(|leased| leased.elapsed()).unwrap_or_default();
         self.log.write(&Line {
             time: self.time,
             client: self.client.map(|client| client.ip().to_canonical()),
@@ -338,13 +341,13 @@ impl Drop for Record {
             referer: self.referer.as_ref().map(HeaderValue::as_bytes),
             user_agent: self.user_agent.as_ref().map(HeaderValue::as_bytes),
             // The client left before there was a response.
-            status: if self.status == 0 { 499 } else { self.status },
+            status: if is_answered { self.status } else { 499 },
             bytes: self.bytes,
-            is_whole: self.status != 0 && (self.has_ended || self.wants_no_body),
-            app: self.tenant.as_ref().map_or("", |tenant| tenant.config.name.as_str()),
+            is_whole: is_answered && (self.has_ended || self.wants_no_body),
+            app: self.progress.tenant.as_ref().map_or("", |tenant| tenant.config.name.as_str()),
             request: &self.id,
             total: self.start.elapsed(),
-            queued: self.queued,
+            queued: self.progress.queued(),
             guest: self.guest.unwrap_or_else(still_working),
         });
     }

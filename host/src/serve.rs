@@ -256,6 +256,7 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
     }));
     write.extend(plan.control.as_deref().map(parent));
     write.extend(plan.state.as_deref().map(parent));
+    write.extend(args.http.access_log_file.as_deref().map(parent));
     let http = &args.http;
     let certificates = http.tls_cert.iter().chain(&http.tls_key).chain(&http.tls_client_ca);
     read.extend(certificates.map(|path| parent(path)));
@@ -310,7 +311,10 @@ async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>,
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = reload.recv() => server.front.tenants.reload_or_log().await,
+            _ = reload.recv() => {
+                server.front.access_log.iter().for_each(|log| log.reopen());
+                server.front.tenants.reload_or_log().await;
+            }
         }
     }
     tracing::info!("stopping: finishing what is running");
