@@ -214,6 +214,22 @@ fn floods_of_http2_frames_end_the_connection() {
 }
 
 #[test]
+fn a_spent_http2_connection_says_goodbye() {
+    let server = Server::start("behaviours", &["--keep-alive-requests", "2"]);
+    let mut spent = raw(&server, &[]);
+    for stream in [1, 3] {
+        spent.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, stream, HELLO)).unwrap();
+    }
+    assert_eq!(wait_for(&mut spent, GOAWAY, 0).unwrap(), [0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+    let ping = wait_for(&mut spent, PING, 0).unwrap();
+    spent.write_all(&frame(PING, ACK, 0, &ping)).unwrap();
+    assert_eq!(wait_for(&mut spent, GOAWAY, 0).unwrap(), [0, 0, 0, 3, 0, 0, 0, 0]);
+    assert_eq!(spent.read_to_end(&mut Vec::new()).unwrap_or_default(), 0);
+    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    server.finish();
+}
+
+#[test]
 fn frames_without_progress_end_the_connection() {
     let server = Server::start("behaviours", &[]);
     let setting = [0, 3, 0, 0, 0, 100];

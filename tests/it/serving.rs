@@ -172,7 +172,9 @@ fn a_stop_finishes_what_runs_and_takes_nothing_new() {
     server.signal("TERM");
     server.wait_for_log(&["stopping"]);
     assert!(idle.is_closed(), "a connection without a request is closed");
-    assert_eq!(running.read_response("GET").ok(), "slept");
+    let response = running.read_response("GET");
+    assert_eq!(response.header("connection"), Some("close"));
+    assert_eq!(response.ok(), "slept");
     let mut received = 0;
     while let Some(chunk) = streaming.read_chunk().filter(|chunk| !chunk.is_empty()) {
         received += chunk.len();
