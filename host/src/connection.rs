@@ -53,7 +53,7 @@ const LINGER: (Duration, usize) = (Duration::from_secs(1), 1 << 20);
 const GOODBYE: Duration = Duration::from_secs(1);
 /// How long a client that was not yet heard when the server was told to stop
 /// has to ask for something.
-pub const LAST_CALL: Duration = Duration::from_secs(1);
+const LAST_CALL: Duration = Duration::from_secs(1);
 /// A frame that h2 ends a connection for, with GOAWAY: SETTINGS on a stream.
 const LAST_FRAME: &[u8] = b"\0\0\0\x04\0\0\0\0\x01";
 
@@ -142,16 +142,14 @@ impl Link {
         (self.requests.fetch_add(1, Ordering::Relaxed) + 1, Active(Arc::clone(self)))
     }
 
-    /// Why the request with this number was refused before hyper saw it.
-    pub fn refusal(&self, number: u64) -> Option<Failure> {
-        self.refused.get().filter(|(refused, _)| *refused == number).map(|(_, failure)| *failure)
-    }
-}
-
-impl Link {
     /// Whether the client still sends the body of a request.
     pub fn in_body(&self) -> bool {
         self.in_body.load(Ordering::Relaxed)
+    }
+
+    /// Why the request with this number was refused before hyper saw it.
+    pub fn refusal(&self, number: u64) -> Option<Failure> {
+        self.refused.get().filter(|(refused, _)| *refused == number).map(|(_, failure)| *failure)
     }
 }
 
@@ -209,7 +207,7 @@ pub async fn stopped(stopping: &mut watch::Receiver<bool>) {
 
 /// Returns when a connection is to end: when the server stops, or a moment
 /// later if its client was not heard before that.
-pub async fn told_to_end(stopping: &mut watch::Receiver<bool>, is_late: bool) {
+async fn told_to_end(stopping: &mut watch::Receiver<bool>, is_late: bool) {
     stopped(stopping).await;
     if is_late {
         tokio::time::sleep(LAST_CALL).await;

@@ -14,7 +14,7 @@ use crate::environ::Connection;
 use crate::error::UserError;
 
 /// Connections that the kernel keeps until we take them.
-const BACKLOG: u32 = 1024;
+pub const BACKLOG: u32 = 1024;
 
 /// An address to listen on.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -16,7 +16,7 @@ use crate::app;
 use crate::cache::Cache;
 use crate::cli::{CheckArgs, HttpArgs, ServeArgs};
 use crate::config::{self, Instances, Limits, TenantConfig};
-use crate::connection::{self, ConnectionLimits, Peers, Server};
+use crate::connection::{self, ConnectionLimits, Peers, Server, converse};
 use crate::control;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
@@ -347,9 +347,6 @@ fn announce(line: &str) {
 /// Takes connections until told to stop, and then those that wait already.
 async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Receiver<bool>) {
     let place = || Arc::clone(&server.connections).acquire_owned();
-    let converse = |permit, accepted, stopping| {
-        tokio::spawn(connection::converse(Arc::clone(&server), accepted, permit, stopping));
-    };
     loop {
         // Clients too many wait in the kernel's queue, where they cost us
         // nothing, but one for each listener: a place is taken only when there
@@ -360,8 +357,13 @@ async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Re
         };
         match accepted {
             Ok(accepted) => tokio::select! {
-                Ok(permit) = place() => converse(permit, accepted, stopping.clone()),
-                () = connection::told_to_end(&mut stopping, true) => break,
+                Ok(permit) = place() => {
+                    tokio::spawn(converse(Arc::clone(&server), accepted, permit, stopping.clone()));
+                }
+                () = connection::stopped(&mut stopping) => {
+                    converse_later(&server, accepted, &stopping);
+                    break;
+                }
             },
             Err(error) => {
                 // EMFILE and its like last a while; an aborted connection does
@@ -372,12 +374,18 @@ async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Re
         }
     }
     // For their clients, connections in the kernel's queue are open already.
-    let waiting = async {
-        while let Ok(permit) = place().await
-            && let Ok(Some(accepted)) = listener.accept_waiting().await
-        {
-            converse(permit, accepted, stopping.clone());
+    for _ in 0..listener::BACKLOG {
+        let Ok(Some(accepted)) = listener.accept_waiting().await else { break };
+        converse_later(&server, accepted, &stopping);
+    }
+}
+
+/// Speaks HTTP on a connection when there is a place for it.
+fn converse_later(server: &Arc<Server>, accepted: listener::Accepted, stopping: &watch::Receiver<bool>) {
+    let (server, stopping) = (Arc::clone(server), stopping.clone());
+    tokio::spawn(async move {
+        if let Ok(permit) = Arc::clone(&server.connections).acquire_owned().await {
+            converse(server, accepted, permit, stopping).await;
         }
-    };
-    let _ = tokio::time::timeout(connection::LAST_CALL, waiting).await;
+    });
 }
