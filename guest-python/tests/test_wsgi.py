@@ -531,15 +531,16 @@ class NoBody(unittest.TestCase):
         self.assertNotIn(b"Content-Length", answer)
 
     def test_statuses_without_body(self):
-        for status in ("204 No Content", "304 Not Modified", "103 Early Hints"):
+        for status in ("204 No Content", "205 Reset Content", "304 Not Modified", "103 Early Hints"):
             for chunks in ([b"x"], iter([b"x"])):
                 answer, host = run(starting(chunks, status))
                 self.assertEqual(host.body, b"")
                 self.assertTrue((answer or host.head).endswith(b"plain\r\n\r\n"))
 
-    def test_length_is_forbidden_for_204_and_kept_for_304(self):
+    def test_length_is_forbidden_for_204_and_205_and_kept_for_304(self):
         headers = [("Content-Length", "5")]
         self.assertNotIn(b"Length", run(starting([], "204 No Content", headers))[0])
+        self.assertNotIn(b"Length", run(starting([], "205 Reset Content", headers))[0])
         self.assertIn(b"Length: 5", run(starting([], "304 Not Modified", headers))[0])
 
 

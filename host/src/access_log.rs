@@ -2,8 +2,8 @@
 //! nginx or as JSON.
 
 use std::fmt::{self, Write as _};
-use std::io::Write;
-use std::path::Path;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -24,6 +24,8 @@ pub enum Format {
 /// Where the lines go.
 pub struct AccessLog {
     format: Format,
+    /// The file; none for standard error.
+    path: Option<PathBuf>,
     sink: Mutex<Box<dyn Write + Send>>,
 }
 
@@ -73,17 +75,21 @@ impl AccessLog {
         if format == Format::Off {
             return Ok(None);
         }
-        let sink: Box<dyn Write + Send> = match file {
-            None => Box::new(std::io::stderr()),
-            Some(path) => {
-                let opened = std::fs::OpenOptions::new().append(true).create(true).open(path);
-                Box::new(opened.map_err(|error| {
-                    UserError::new(format!("can not write the access log `{}`: {error}", path.display()))
-                        .remedy("choose a file in a directory that exists and can be written")
-                })?)
-            }
-        };
-        Ok(Some(AccessLog { format, sink: Mutex::new(sink) }))
+        let sink = open(file).map_err(|error| {
+            let path = file.unwrap_or(Path::new("-")).display();
+            UserError::new(format!("can not write the access log `{path}`: {error}"))
+                .remedy("choose a file in a directory that exists and can be written")
+        })?;
+        Ok(Some(AccessLog { format, path: file.map(Path::to_owned), sink: Mutex::new(sink) }))
+    }
+
+    /// Opens the file anew, after the old one was moved away. If that is not
+    /// possible, the old one stays in use.
+    pub fn reopen(&self) {
+        match open(self.path.as_deref()) {
+            Ok(sink) => *self.sink.lock().unwrap_or_else(PoisonError::into_inner) = sink,
+            Err(error) => tracing::error!("can not open the access log anew: {error}"),
+        }
     }
 
     /// Writes a line. One that can not be written is lost: a full disk must
@@ -97,6 +103,13 @@ impl AccessLog {
         let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = sink.write_all(text.as_bytes());
     }
+}
+
+fn open(path: Option<&Path>) -> io::Result<Box<dyn Write + Send>> {
+    Ok(match path {
+        None => Box::new(io::stderr()),
+        Some(path) => Box::new(std::fs::OpenOptions::new().append(true).create(true).open(path)?),
+    })
 }
 
 impl Line<'_> {

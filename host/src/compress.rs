@@ -9,6 +9,7 @@ use http::header::{self, HeaderValue};
 use http::{HeaderMap, Method, Response, StatusCode};
 use http_body::Frame;
 
+use crate::exchange::has_no_body;
 use crate::failure::Failure;
 use crate::front::Kind;
 
@@ -66,27 +67,21 @@ impl Accepted {
 
 /// Compresses `response` if it may be.
 pub fn apply(method: &Method, request: &HeaderMap, mut response: Response<Kind>) -> Response<Kind> {
+    if response.status() == StatusCode::NOT_MODIFIED {
+        weaken_as_named(request, response.headers_mut());
+    }
     if !may_compress(&response) {
         return response;
     }
     // What is sent depends on this, whatever it says now.
-    let varies = response.headers().get_all(header::VARY).iter();
-    let is_said = varies
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .any(|name| name.trim() == "*" || name.trim().eq_ignore_ascii_case("accept-encoding"));
-    if !is_said {
-        response.headers_mut().append(header::VARY, HeaderValue::from_static("accept-encoding"));
-    }
+    add_vary(response.headers_mut());
     let Some((coding, _)) = Accepted::by(request).in_order().next() else { return response };
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static(coding));
     headers.remove(header::CONTENT_LENGTH);
     headers.remove(header::ACCEPT_RANGES);
     // Other bytes than those that a strong tag stands for.
-    if let Some(tag) = headers.get(header::ETAG).filter(|tag| !tag.as_bytes().starts_with(b"W/"))
-        && let Ok(weak) = HeaderValue::from_bytes(&[b"W/", tag.as_bytes()].concat())
-    {
+    if let Some(weak) = weak_tag(headers) {
         headers.insert(header::ETAG, weak);
     }
     if *method == Method::HEAD {
@@ -103,15 +98,42 @@ pub fn apply(method: &Method, request: &HeaderMap, mut response: Response<Kind>)
     })
 }
 
+/// The weak form of the tag, if it is a strong one.
+fn weak_tag(headers: &HeaderMap) -> Option<HeaderValue> {
+    let tag = headers.get(header::ETAG)?.as_bytes();
+    if tag.starts_with(b"W/") { None } else { HeaderValue::from_bytes(&[b"W/", tag].concat()).ok() }
+}
+
+/// A 304 has the tag that the response had which the client keeps: the weak
+/// one, if that was compressed (RFC 9110 section 15.4.5).
+fn weaken_as_named(request: &HeaderMap, headers: &mut HeaderMap) {
+    let Some(weak) = weak_tag(headers) else { return };
+    let mut named = request.get_all(header::IF_NONE_MATCH).iter().map(HeaderValue::as_bytes);
+    if named.any(|tags| tags.windows(weak.len()).any(|tag| tag == weak.as_bytes())) {
+        headers.insert(header::ETAG, weak);
+        add_vary(headers);
+    }
+}
+
+/// Says that what is sent depends on what the client accepts.
+fn add_vary(headers: &mut HeaderMap) {
+    let varies = headers.get_all(header::VARY).iter();
+    let is_said = varies
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|name| name.trim() == "*" || name.trim().eq_ignore_ascii_case("accept-encoding"));
+    if !is_said {
+        headers.append(header::VARY, HeaderValue::from_static("accept-encoding"));
+    }
+}
+
 fn may_compress(response: &Response<Kind>) -> bool {
     let headers = response.headers();
     let text = |name| headers.get(name).and_then(|value: &HeaderValue| value.to_str().ok());
-    let has_body = !matches!(
-        response.status(),
-        StatusCode::NO_CONTENT | StatusCode::PARTIAL_CONTENT | StatusCode::NOT_MODIFIED
-    );
-    let is_forbidden = text(header::CACHE_CONTROL)
-        .is_some_and(|rules| rules.split(',').any(|rule| rule.trim().eq_ignore_ascii_case("no-transform")));
+    let has_body = !has_no_body(response.status()) && response.status() != StatusCode::PARTIAL_CONTENT;
+    let mut rules = headers.get_all(header::CACHE_CONTROL).iter().filter_map(|value| value.to_str().ok());
+    let is_forbidden =
+        rules.any(|rules| rules.split(',').any(|rule| rule.trim().eq_ignore_ascii_case("no-transform")));
     let announced = text(header::CONTENT_LENGTH).and_then(|length| length.parse().ok());
     let is_long = announced.or(response.body().length()).is_none_or(|length| length >= LEAST);
     has_body
@@ -249,6 +271,42 @@ mod tests {
         assert_eq!(of("gzip;q=x, br; q=nan"), [""; 0]);
         assert_eq!(of("identity"), [""; 0]);
         assert_eq!(Accepted::by(&HeaderMap::new()).in_order().count(), 0);
+    }
+
+    fn response(status: u16, headers: &[(&'static str, &'static str)]) -> Response<Kind> {
+        let body =
+            crate::handler::ResponseBody::Complete { rest: Bytes::from(vec![b'a'; 1000]), _held: None };
+        let mut response = Response::builder().status(status);
+        for (name, value) in headers {
+            response = response.header(*name, *value);
+        }
+        response.body(Kind::App(body)).unwrap()
+    }
+
+    #[test]
+    fn one_rule_of_several_lines_forbids() {
+        let text = ("content-type", "text/plain");
+        assert!(may_compress(&response(200, &[text, ("cache-control", "private")])));
+        let two = [text, ("cache-control", "private"), ("cache-control", "max-age=5, No-Transform")];
+        assert!(!may_compress(&response(200, &two)));
+        for status in [204, 205, 206, 304] {
+            assert!(!may_compress(&response(status, &[text])), "{status}");
+        }
+    }
+
+    #[test]
+    fn a_tag_that_is_known_is_the_one_that_was_sent() {
+        let of = |asked: &'static str| {
+            let mut request = HeaderMap::new();
+            request.insert(header::ACCEPT_ENCODING, HeaderValue::from_static("gzip"));
+            request.append(header::IF_NONE_MATCH, HeaderValue::from_static("\"other\""));
+            request.append(header::IF_NONE_MATCH, HeaderValue::from_static(asked));
+            let answer = apply(&Method::GET, &request, response(304, &[("etag", "\"a\"")]));
+            answer.headers()[header::ETAG].to_str().unwrap().to_owned()
+        };
+        assert_eq!(of("W/\"a\""), "W/\"a\"");
+        assert_eq!(of("\"a\""), "\"a\"");
+        assert_eq!(of("*"), "\"a\"");
     }
 
     #[test]

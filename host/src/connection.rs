@@ -13,7 +13,7 @@ use std::future::Future;
 use std::io;
 use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
@@ -36,15 +36,13 @@ use crate::listener::{Accepted, Stream};
 use crate::proxy_protocol;
 use crate::stall::{Stall, Watched};
 use crate::tls::Tls;
-use crate::wire::{HeadLimits, Scan};
+use crate::wire::{self, Frames, HeadLimits, PREFACE, Scan};
 
 /// Bytes that hyper collects of a response before it writes. Its least is
 /// 8 KiB.
 const CONNECTION_BUFFER: usize = 64 << 10;
 /// Bytes read at a time while a head is not complete.
 const READ: usize = 8 << 10;
-/// What an HTTP/2 client sends first (RFC 9113 section 3.4).
-const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// How long, and for how many bytes, a connection that is closed early still
 /// takes what the client had under way. Else the kernel answers those bytes
 /// with a reset, and the client may lose the response it has not yet read.
@@ -53,6 +51,11 @@ const LINGER: (Duration, usize) = (Duration::from_secs(1), 1 << 20);
 /// under way when it was told that the connection ends. hyper waits for it to
 /// answer a PING (RFC 9113 section 6.8), for ever.
 const GOODBYE: Duration = Duration::from_secs(1);
+/// How long a client that was not yet heard when the server was told to stop
+/// has to ask for something.
+const LAST_CALL: Duration = Duration::from_secs(1);
+/// A frame that h2 ends a connection for, with GOAWAY: SETTINGS on a stream.
+const LAST_FRAME: &[u8] = b"\0\0\0\x04\0\0\0\0\x01";
 
 /// Limits for a connection.
 #[derive(Clone, Debug)]
@@ -99,6 +102,8 @@ pub struct Link {
     pub is_h2: bool,
     /// Whether the other end may say who the client is.
     pub is_trusted: bool,
+    /// Requests that it may have.
+    pub limit: u64,
     /// Requests that came.
     requests: AtomicU64,
     /// Requests whose response is not yet complete.
@@ -110,19 +115,26 @@ pub struct Link {
     end: Mutex<Option<Instant>>,
     /// The request that was refused on the wire, by its number, and why.
     refused: OnceLock<(u64, Failure)>,
+    /// Whether the body of a request is still under way (HTTP/1 only).
+    in_body: AtomicBool,
+    /// Frames that the client may send for what it has asked for (HTTP/2 only).
+    earned: AtomicU64,
 }
 
 impl Link {
-    fn new(server: &Server, connection: Connection, is_h2: bool) -> Arc<Link> {
+    fn new(is_trusted: bool, limit: u64, connection: Connection, is_h2: bool) -> Arc<Link> {
         Arc::new(Link {
-            is_trusted: server.front.trusts(connection.peer),
             connection: Arc::new(connection),
             is_h2,
+            is_trusted,
+            limit,
             requests: AtomicU64::new(0),
             active: AtomicU64::new(0),
             idle: Notify::new(),
             end: Mutex::default(),
             refused: OnceLock::new(),
+            in_body: AtomicBool::new(false),
+            earned: AtomicU64::new(0),
         })
     }
 
@@ -131,7 +143,13 @@ impl Link {
     pub fn begin(self: &Arc<Link>) -> (u64, Active) {
         self.active.fetch_add(1, Ordering::Relaxed);
         *self.end.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.earned.fetch_add(wire::FRAMES_PER_REQUEST, Ordering::Relaxed);
         (self.requests.fetch_add(1, Ordering::Relaxed) + 1, Active(Arc::clone(self)))
+    }
+
+    /// Whether the client still sends the body of a request.
+    pub fn in_body(&self) -> bool {
+        self.in_body.load(Ordering::Relaxed)
     }
 
     /// The response that begins now may take so long.
@@ -159,6 +177,14 @@ impl Link {
 /// A request that is being answered.
 pub struct Active(Arc<Link>);
 
+impl Active {
+    /// A piece of the response, so many bytes long, is handed over.
+    pub fn gives(&self, bytes: usize) {
+        let frames = wire::FRAMES_PER_PIECE + bytes as u64 / wire::BYTES_PER_FRAME;
+        self.0.earned.fetch_add(frames, Ordering::Relaxed);
+    }
+}
+
 impl Drop for Active {
     fn drop(&mut self) {
         self.0.active.fetch_sub(1, Ordering::Relaxed);
@@ -175,25 +201,17 @@ pub async fn converse(
     permit: OwnedSemaphorePermit,
     mut stopping: watch::Receiver<bool>,
 ) {
+    let _permit = permit;
     let peer = accepted.connection.peer;
-    let _permits = (
-        permit,
-        match server.peers.admit(peer.map(|peer| peer.ip())) {
-            Some(counted) => counted,
-            None => {
-                tracing::debug!(?peer, "connection refused: too many from this address");
-                return;
-            }
-        },
-    );
     let ready = tokio::select! {
         ready = tokio::time::timeout(server.limits.header_timeout, prepare(&server, accepted)) => ready,
-        // Nothing was asked for yet.
-        () = stopped(&mut stopping) => return,
+        // Nothing was asked for.
+        () = told_to_end(&mut stopping, true) => return,
     };
+    let is_late = *stopping.borrow();
     let result = match ready {
-        Ok(Ok(Some(prepared))) if prepared.is_h2 => http2(&server, prepared, stopping).await,
-        Ok(Ok(Some(prepared))) => http1(&server, prepared, stopping).await,
+        Ok(Ok(Some(prepared))) if prepared.is_h2 => http2(&server, prepared, is_late, stopping).await,
+        Ok(Ok(Some(prepared))) => http1(&server, prepared, is_late, stopping).await,
         Ok(Ok(None)) => return,
         Ok(Err(error)) => Err(error.into()),
         Err(_) => Err("the client sent no request in time".into()),
@@ -208,6 +226,15 @@ pub async fn stopped(stopping: &mut watch::Receiver<bool>) {
     let _ = stopping.wait_for(|stop| *stop).await;
 }
 
+/// Returns when a connection is to end: when the server stops, or a moment
+/// later if its client was not heard before that.
+async fn told_to_end(stopping: &mut watch::Receiver<bool>, is_late: bool) {
+    stopped(stopping).await;
+    if is_late {
+        tokio::time::sleep(LAST_CALL).await;
+    }
+}
+
 type Ended = Result<(), Box<dyn std::error::Error + Send + Sync>>;
 
 /// A connection on which HTTP can begin.
@@ -217,6 +244,7 @@ struct Prepared {
     first: BytesMut,
     is_h2: bool,
     connection: Connection,
+    counted: Counted,
 }
 
 /// Reads what comes before HTTP, and tells its version by the first bytes.
@@ -227,6 +255,11 @@ async fn prepare(server: &Server, accepted: Accepted) -> io::Result<Option<Prepa
         let header = proxy_protocol::read(&mut stream).await?;
         header.apply(&mut connection);
     }
+    // Only now it is known whose it is.
+    let counted = server.peers.admit(connection.peer.map(|peer| peer.ip()));
+    let Some(counted) = counted else {
+        return Err(io::Error::other("there are too many from this address"));
+    };
     if let Some(tls) = server.tls.as_ref().filter(|_| is_tls) {
         let secured = tls.accept(stream).await?;
         connection.is_https = true;
@@ -237,10 +270,10 @@ async fn prepare(server: &Server, accepted: Accepted) -> io::Result<Option<Prepa
     loop {
         let common = first.len().min(PREFACE.len());
         if first[..common] != PREFACE[..common] {
-            return Ok(Some(Prepared { stream, first, is_h2: false, connection }));
+            return Ok(Some(Prepared { stream, first, is_h2: false, connection, counted }));
         }
         if common == PREFACE.len() {
-            return Ok(Some(Prepared { stream, first, is_h2: true, connection }));
+            return Ok(Some(Prepared { stream, first, is_h2: true, connection, counted }));
         }
         if stream.read_buf(&mut first).await? == 0 {
             return Ok(None);
@@ -248,11 +281,22 @@ async fn prepare(server: &Server, accepted: Accepted) -> io::Result<Option<Prepa
     }
 }
 
-async fn http1(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Receiver<bool>) -> Ended {
+/// What the requests of a connection share.
+fn link(server: &Server, connection: Connection, is_h2: bool, is_late: bool) -> Arc<Link> {
+    let limit = if is_late { 1 } else { server.limits.requests };
+    Link::new(server.front.trusts(connection.peer), limit, connection, is_h2)
+}
+
+async fn http1(
+    server: &Arc<Server>,
+    prepared: Prepared,
+    is_late: bool,
+    mut stopping: watch::Receiver<bool>,
+) -> Ended {
     let limits = &server.limits;
-    let link = Link::new(server, prepared.connection, false);
-    let scan = Scan::new(limits.head);
-    let wire = Wire::new(prepared.stream, prepared.first, Some(scan), Arc::clone(&link), limits);
+    let Prepared { stream, first, connection, counted: _counted, .. } = prepared;
+    let link = link(server, connection, false, is_late);
+    let wire = Wire::new(stream, first, Some(Scan::new(limits.head)), Arc::clone(&link), limits);
     let (wire, hints) = early_hints::layer(wire);
     let service = service_fn(|mut request: Request<Incoming>| {
         request.extensions_mut().insert(hints.clone());
@@ -261,8 +305,10 @@ async fn http1(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Re
     let mut conversation =
         std::pin::pin!(http1_builder(limits).serve_connection(TokioIo::new(wire), service));
     let ended = tokio::select! {
+        // In this order: what is here already is a request under way.
+        biased;
         ended = conversation.as_mut() => ended,
-        () = stopped(&mut stopping) => {
+        () = told_to_end(&mut stopping, is_late) => {
             // Ends after the response that is under way, or now if there is none.
             conversation.as_mut().graceful_shutdown();
             conversation.await
@@ -290,10 +336,16 @@ fn http1_builder(limits: &ConnectionLimits) -> http1::Builder {
     builder
 }
 
-async fn http2(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Receiver<bool>) -> Ended {
+async fn http2(
+    server: &Arc<Server>,
+    prepared: Prepared,
+    is_late: bool,
+    mut stopping: watch::Receiver<bool>,
+) -> Ended {
     let limits = &server.limits;
-    let link = Link::new(server, prepared.connection, true);
-    let wire = Wire::new(prepared.stream, prepared.first, None, Arc::clone(&link), limits);
+    let Prepared { stream, first, connection, counted: _counted, .. } = prepared;
+    let link = link(server, connection, true, is_late);
+    let wire = Wire::new(stream, first, None, Arc::clone(&link), limits);
     let service = service_fn(|request| front::answer(Arc::clone(server), Arc::clone(&link), request));
     let mut builder = http2::Builder::new(StreamTasks { limit: limits.client_idle });
     builder
@@ -315,13 +367,13 @@ async fn http2(server: &Arc<Server>, prepared: Prepared, mut stopping: watch::Re
         // it may ask for: say goodbye (GOAWAY), and cut when nothing comes of it.
         let idle = idle(&link, if leaving { GOODBYE } else { limits.keep_alive });
         let spent = async {
-            while link.requests.load(Ordering::Relaxed) < limits.requests {
+            while link.requests.load(Ordering::Relaxed) < link.limit {
                 link.idle.notified().await;
             }
         };
         tokio::select! {
             ended = conversation.as_mut() => return ended.map_err(Into::into),
-            () = stopped(&mut stopping), if !leaving => {}
+            () = told_to_end(&mut stopping, is_late), if !leaving => {}
             () = spent, if !leaving => {}
             () = idle => {
                 if leaving {
@@ -427,6 +479,8 @@ struct Wire {
     link: Arc<Link>,
     /// Follows the messages; none for HTTP/2, which h2 does better.
     scan: Option<Scan>,
+    /// Follows the frames of HTTP/2.
+    frames: Option<Frames>,
     /// Bytes that were read and not yet handed on.
     held: BytesMut,
     /// How many of them may be.
@@ -465,6 +519,7 @@ impl Wire {
             stream,
             link,
             approved: 0,
+            frames: scan.is_none().then(Frames::new),
             scan,
             held,
             stand_in: b"",
@@ -485,10 +540,16 @@ impl Wire {
     /// Approves what is held and was not yet.
     fn approve_held(&mut self) {
         let Some(scan) = &mut self.scan else {
-            self.approved = self.held.len();
+            let passed = follow(&mut self.frames, &self.link, &self.held);
+            self.approved = passed.unwrap_or(self.held.len());
+            if passed.is_some() {
+                self.calm();
+            }
             return;
         };
-        match scan.approve(&self.held[self.approved..]) {
+        let approved = scan.approve(&self.held[self.approved..]);
+        self.link.in_body.store(!scan.in_head(), Ordering::Relaxed);
+        match approved {
             Ok(passed) => self.approved += passed,
             Err((passed, failure)) => {
                 self.approved += passed;
@@ -511,6 +572,13 @@ impl Wire {
         } else {
             self.broken = Some(failure);
         }
+    }
+
+    /// Ends an HTTP/2 connection whose client does nothing but keep us busy.
+    fn calm(&mut self) {
+        tracing::debug!(peer = ?self.link.connection.peer, "too many frames without progress");
+        self.is_refused = true;
+        self.stand_in = LAST_FRAME;
     }
 
     /// What remains to hand on of what is approved, then of the stand-in.
@@ -585,7 +653,17 @@ impl AsyncRead for Wire {
                 return Poll::Pending;
             }
             let Some(scan) = &mut wire.scan else {
-                return Pin::new(&mut wire.stream).poll_read(context, buffer);
+                let before = buffer.filled().len();
+                ready!(Pin::new(&mut wire.stream).poll_read(context, buffer))?;
+                let Some(passed) = follow(&mut wire.frames, &wire.link, &buffer.filled()[before..]) else {
+                    return Poll::Ready(Ok(()));
+                };
+                buffer.set_filled(before + passed);
+                wire.calm();
+                if passed > 0 {
+                    return Poll::Ready(Ok(()));
+                }
+                continue;
             };
             if wire.held.is_empty() {
                 // The usual way: into hyper's own buffer, and all of it is fine.
@@ -601,7 +679,9 @@ impl AsyncRead for Wire {
                 if read.is_empty() {
                     return Poll::Ready(Ok(()));
                 }
-                match scan.approve(read) {
+                let approved = scan.approve(read);
+                wire.link.in_body.store(!scan.in_head(), Ordering::Relaxed);
+                match approved {
                     Ok(passed) => {
                         wire.held.extend_from_slice(&read[passed..]);
                         buffer.set_filled(before + passed);
@@ -642,6 +722,11 @@ impl AsyncRead for Wire {
             }
         }
     }
+}
+
+/// How many of the next bytes of an HTTP/2 connection may pass, if not all.
+fn follow(frames: &mut Option<Frames>, link: &Link, bytes: &[u8]) -> Option<usize> {
+    frames.as_mut()?.follow(bytes, &link.earned)
 }
 
 /// Reads what there is to the end of `buffer`.

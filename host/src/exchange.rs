@@ -361,6 +361,9 @@ impl Exchange {
         }
         match parse_head(head) {
             Ok(_) if part.left() > self.allowed => Err(self.refuse("its body is larger than the limit")),
+            Ok((head, _)) if head.status == StatusCode::RESET_CONTENT => {
+                Err(self.refuse("a response with status 205 has no body"))
+            }
             Ok((head, [])) if head.content_length().is_none_or(|length| length == part.left()) => {
                 self.phase = Phase::Finished;
                 self.send(Event::File(head, part)).await
@@ -383,6 +386,10 @@ impl Exchange {
         match parse_head(head) {
             Ok((head, [])) => {
                 self.phase = Phase::Started;
+                // hyper drops what follows the others that have none.
+                if head.status == StatusCode::RESET_CONTENT {
+                    self.allowed = 0;
+                }
                 self.end = Instant::now().checked_add(self.time);
                 self.announced = head.content_length();
                 self.send(Event::Head(head)).await
@@ -518,8 +525,8 @@ pub fn parse_head(response: &[u8]) -> Result<(Head, &[u8]), &'static str> {
             if headers.contains_key(&name) || !is_number(value.as_bytes()) {
                 return Err("Content-Length is not one number");
             }
-            if status == StatusCode::NO_CONTENT {
-                // RFC 9110 section 8.6. Not removed later, which would change
+            if matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT) {
+                // RFC 9110 sections 8.6 and 15.3.6. Not removed later, which would change
                 // the order of the others.
                 continue;
             }
@@ -568,13 +575,19 @@ fn parse_field(field: &[u8]) -> Result<(HeaderName, HeaderValue), &'static str> 
     Ok((name, value))
 }
 
+/// Whether a response with this status has no body (RFC 9110 section 6.4.1, and
+/// for 205 section 15.3.6).
+pub fn has_no_body(status: StatusCode) -> bool {
+    matches!(status, StatusCode::NO_CONTENT | StatusCode::RESET_CONTENT | StatusCode::NOT_MODIFIED)
+}
+
 /// The body that may follow `head`, out of what the guest sent as one.
 ///
 /// # Errors
 ///
 /// If its length is not the one that the head announces.
 pub fn check_body(head: &Head, method: &Method, body: Bytes) -> Result<Bytes, &'static str> {
-    if *method == Method::HEAD || matches!(head.status, StatusCode::NO_CONTENT | StatusCode::NOT_MODIFIED) {
+    if *method == Method::HEAD || has_no_body(head.status) {
         return Ok(Bytes::new());
     }
     match head.content_length() {
@@ -676,7 +689,10 @@ mod tests {
         assert!(body(b"Status: 200 OK\r\nContent-Length: 3\r\n\r\nhi", Method::GET).is_err());
         assert_eq!(body(b"Status: 200 OK\r\nContent-Length: 3\r\n\r\n", Method::HEAD).unwrap(), "");
         assert_eq!(body(b"Status: 304 Not Modified\r\n\r\nhi", Method::GET).unwrap(), "");
-        let (head, _) = parse_head(b"Status: 204 No Content\r\nContent-Length: 0\r\n\r\n").unwrap();
-        assert!(head.headers.is_empty());
+        for status in ["204 No Content", "205 Reset Content"] {
+            let head = format!("Status: {status}\r\nContent-Length: 2\r\n\r\nhi");
+            assert_eq!(body(head.as_bytes(), Method::GET).unwrap(), "", "{status}");
+            assert!(parse_head(head.as_bytes()).unwrap().0.headers.is_empty(), "{status}");
+        }
     }
 }

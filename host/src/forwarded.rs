@@ -102,8 +102,8 @@ impl Proxies {
             }
         }
         let said = match self.dialect {
-            Dialect::XForwarded => x_forwarded(&parts.headers, self.hops)?,
-            Dialect::Forwarded => forwarded(&parts.headers, self.hops)?,
+            Dialect::XForwarded => x_forwarded(&mut parts.headers, self.hops)?,
+            Dialect::Forwarded => forwarded(&mut parts.headers, self.hops)?,
         };
         let mut seen = connection.clone();
         if let Some(client) = said.client {
@@ -155,15 +155,18 @@ struct Said {
 }
 
 /// Reads the element that the outermost of `hops` proxies has added: the one
-/// so far from the right. What is left of it came from the client.
-fn x_forwarded(headers: &HeaderMap, hops: usize) -> Result<Said, Failure> {
-    let element = |name: &str| -> Result<Option<String>, Failure> {
+/// so far from the right. What is left of it came from the client, and is
+/// taken away.
+fn x_forwarded(headers: &mut HeaderMap, hops: usize) -> Result<Said, Failure> {
+    let mut element = |name: &'static str| -> Result<Option<String>, Failure> {
         let mut all = Vec::new();
         for value in headers.get_all(name) {
             let text = value.to_str().map_err(|_| bad())?;
-            all.extend(text.split(',').map(str::trim));
+            all.extend(text.split(',').map(|text| text.trim().to_owned()));
         }
-        Ok(all.len().checked_sub(hops).map(|index| all[index].to_owned()).filter(|text| !text.is_empty()))
+        let theirs = theirs(all, hops);
+        pass_on(headers, HeaderName::from_static(name), &theirs)?;
+        Ok(theirs.into_iter().next().filter(|text| !text.is_empty()))
     };
     let prefix = match element("x-forwarded-prefix")? {
         Some(prefix) => Some(mount(&prefix)?),
@@ -178,20 +181,42 @@ fn x_forwarded(headers: &HeaderMap, hops: usize) -> Result<Said, Failure> {
 }
 
 /// RFC 7239 section 4.
-fn forwarded(headers: &HeaderMap, hops: usize) -> Result<Said, Failure> {
+fn forwarded(headers: &mut HeaderMap, hops: usize) -> Result<Said, Failure> {
     let mut elements = Vec::new();
     for value in headers.get_all(header::FORWARDED) {
         let mut rest = value.to_str().map_err(|_| bad())?;
         loop {
-            let (element, after) = forwarded_element(rest)?;
-            elements.push(element);
+            let (said, after) = forwarded_element(rest)?;
+            let text = rest.strip_suffix(after.unwrap_or_default()).unwrap_or(rest);
+            elements.push((said, text.trim_end_matches(',').trim().to_owned()));
             match after {
                 Some(after) => rest = after,
                 None => break,
             }
         }
     }
-    Ok(elements.len().checked_sub(hops).map(|index| elements.swap_remove(index)).unwrap_or_default())
+    let (mut said, texts): (Vec<_>, Vec<_>) = theirs(elements, hops).into_iter().unzip();
+    pass_on(headers, header::FORWARDED, &texts)?;
+    Ok(if said.is_empty() { Said::default() } else { said.swap_remove(0) })
+}
+
+/// The elements that the last `hops` proxies have added; none if there are
+/// less, for who knows which of them has added none.
+fn theirs<T>(mut elements: Vec<T>, hops: usize) -> Vec<T> {
+    match elements.len().checked_sub(hops) {
+        Some(index) => elements.split_off(index),
+        None => Vec::new(),
+    }
+}
+
+/// Leaves only these elements of a header.
+fn pass_on(headers: &mut HeaderMap, name: HeaderName, elements: &[String]) -> Result<(), Failure> {
+    if elements.is_empty() {
+        headers.remove(name);
+    } else {
+        headers.insert(name, HeaderValue::from_str(&elements.join(", ")).map_err(|_| bad())?);
+    }
+    Ok(())
 }
 
 /// Reads `for=1.2.3.4; proto=https` up to a comma; what follows that, if any.
@@ -289,25 +314,34 @@ mod tests {
 
     #[test]
     fn the_element_of_the_outermost_proxy_counts() {
-        let headers = headers(&[
+        let sent = headers(&[
             ("x-forwarded-for", "6.6.6.6, 203.0.113.7"),
             ("x-forwarded-for", "10.0.0.2"),
             ("x-forwarded-proto", "https"),
             ("x-forwarded-prefix", "/shop/"),
         ]);
-        let one = x_forwarded(&headers, 1).unwrap();
+        let of = |hops| {
+            let mut headers = sent.clone();
+            let said = x_forwarded(&mut headers, hops).unwrap();
+            let left = headers.get("x-forwarded-for").map(|value| value.to_str().unwrap().to_owned());
+            assert!(headers.get_all("x-forwarded-for").iter().count() < 2);
+            (said, left, headers.contains_key("x-forwarded-proto"))
+        };
+        let (one, left, _) = of(1);
         assert_eq!(one.client, Some("10.0.0.2:0".parse().unwrap()));
         assert_eq!((one.is_https, one.prefix.as_deref()), (Some(true), Some("/shop")));
-        let two = x_forwarded(&headers, 2).unwrap();
+        assert_eq!(left.as_deref(), Some("10.0.0.2"));
+        let (two, left, has_proto) = of(2);
         assert_eq!(two.client, Some("203.0.113.7:0".parse().unwrap()));
+        assert_eq!(left.as_deref(), Some("203.0.113.7, 10.0.0.2"));
         // One proxy of two has set it: that may have been the client.
-        assert_eq!(two.is_https, None);
-        assert_eq!(x_forwarded(&headers, 9).unwrap(), Said::default());
+        assert_eq!((two.is_https, has_proto), (None, false));
+        assert_eq!(of(9), (Said::default(), None, false));
     }
 
     #[test]
     fn forwarded_is_read_as_its_rfc_says() {
-        let of = |text: &'static str| forwarded(&headers(&[("forwarded", text)]), 1);
+        let of = |text: &'static str| forwarded(&mut headers(&[("forwarded", text)]), 1);
         let said =
             of(r#"for=6.6.6.6, For="[2001:db8:cafe::17]:4711" ; PROTO=https;host="a\.example:8";by=x"#);
         let said = said.unwrap();
@@ -315,6 +349,13 @@ mod tests {
         assert_eq!((said.is_https, said.host.as_deref()), (Some(true), Some("a.example:8")));
         assert_eq!(of("for=unknown").unwrap(), Said::default());
         assert_eq!(of("for=_hidden;proto=gopher").unwrap(), Said::default());
+        let mut chain = headers(&[
+            ("forwarded", "for=6.6.6.6;by=\"a,b\", for=203.0.113.7 ; proto=https"),
+            ("forwarded", "for=\"[2001:db8::1]\" , for=10.0.0.2"),
+        ]);
+        assert_eq!(forwarded(&mut chain, 3).unwrap().client, Some("203.0.113.7:0".parse().unwrap()));
+        let left: Vec<_> = chain.get_all("forwarded").iter().collect();
+        assert_eq!(left, ["for=203.0.113.7 ; proto=https, for=\"[2001:db8::1]\", for=10.0.0.2"]);
         for broken in ["for", "for=\"1.2.3.4", "for=1.2.3.4 x", "for=\"a\"b", "for=\"a\\"] {
             assert!(of(broken).is_err(), "{broken}");
         }

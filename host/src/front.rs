@@ -14,20 +14,21 @@ use std::time::{Duration, Instant, SystemTime};
 use bytes::Bytes;
 use http::header::{self, HeaderName, HeaderValue};
 use http::request::Parts;
-use http::{HeaderMap, Method, Request, Response, Uri, Version};
+use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::access_log::{AccessLog, Line};
 use crate::compress::{self, Compressed};
 use crate::connection::{Active, Link, Server};
+use crate::exchange::has_no_body;
 use crate::failure::Failure;
 use crate::forwarded::Proxies;
-use crate::handler::{self, Answer, ResponseBody};
+use crate::handler::{self, Progress, ResponseBody};
 use crate::request_id::RequestId;
 use crate::stall::Stall;
 use crate::static_files::Mount;
-use crate::tenants::{Tenant, Tenants};
+use crate::tenants::Tenants;
 use crate::wire;
 
 const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -90,15 +91,33 @@ pub async fn answer(
     if link.is_h2 {
         // It has no such header (RFC 9113 section 8.2.2).
         response.headers_mut().remove(header::CONNECTION);
-    } else if number >= server.limits.requests {
+    } else if number >= link.limit || must_close(&link, &parts, &response) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+        // Else hyper says `keep-alive` too, to an HTTP/1.0 client that has asked for it.
+        *response.version_mut() = parts.version;
     }
     if let Some(record) = &mut record {
         record.status = response.status().as_u16();
-        record.wants_no_body = parts.method == Method::HEAD || matches!(record.status, 204 | 304);
+        record.wants_no_body = is_bodiless(&parts.method, response.status());
     }
     let stall = link.is_h2.then(Stall::current).flatten();
-    Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), record, _active: active }))
+    Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), record, active }))
+}
+
+/// Whether the connection ends after this response: hyper closes it if the
+/// client is still sending a body that nobody reads. And to HTTP/1.0 a body of
+/// unknown length is one that ends with the connection, whatever hyper says.
+fn must_close(link: &Link, parts: &Parts, response: &Response<Kind>) -> bool {
+    let is_unread = link.in_body() && !response.body().is_live();
+    let has_length = response.body().length().is_some()
+        || response.headers().contains_key(header::CONTENT_LENGTH)
+        || is_bodiless(&parts.method, response.status());
+    is_unread || (parts.version == Version::HTTP_10 && !has_length)
+}
+
+/// Whether a response has no body, whatever its app says.
+fn is_bodiless(method: &Method, status: StatusCode) -> bool {
+    *method == Method::HEAD || has_no_body(status)
 }
 
 /// The steps around the app.
@@ -113,26 +132,29 @@ async fn respond(
     let front = &server.front;
     wire::check_request(parts, &server.limits.head)?;
     let connection = front.proxies.apply(link.is_trusted, parts, &link.connection)?;
-    let mut mounts = front.mounts.iter();
-    if let Some((mount, name)) = mounts.find_map(|mount| Some((mount, mount.below(parts.uri.path())?))) {
+    if let Some((mount, name)) = Mount::find(&front.mounts, parts.uri.path()) {
         if let Some(record) = record {
             record.client = connection.peer;
         }
         return Ok(handler::static_file(mount, name, parts, id).await.map(Kind::App));
     }
-    let Answer { response, queued, leased, tenant } =
-        handler::handle(&front.tenants, &connection, id, parts, incoming).await;
-    if let Some(tenant) = &tenant {
+    let mut unlogged = Progress::default();
+    let mut record = record;
+    let progress = match record.as_deref_mut() {
+        Some(record) => {
+            record.client = connection.peer;
+            &mut record.progress
+        }
+        None => &mut unlogged,
+    };
+    let response = handler::handle(&front.tenants, &connection, id, parts, incoming, progress).await;
+    if let Some(tenant) = &progress.tenant {
         link.end_after(tenant.app.limits.response_time);
     }
-    if let Some(record) = record {
-        record.client = connection.peer;
-        record.tenant = tenant;
-        record.queued = queued;
-        record.leased = leased;
-        if matches!(response.body(), ResponseBody::Complete { .. }) {
-            record.guest = leased.map(|leased| leased.elapsed());
-        }
+    if let Some(record) = record
+        && matches!(response.body(), ResponseBody::Complete { .. })
+    {
+        record.guest = record.progress.leased.map(|leased| leased.elapsed());
     }
     Ok(response.map(Kind::App))
 }
@@ -189,7 +211,7 @@ pub struct Body {
     /// What is left of a piece that was too large (HTTP/2 only).
     rest: Bytes,
     record: Option<Box<Record>>,
-    _active: Active,
+    active: Active,
 }
 
 impl Body {
@@ -219,8 +241,9 @@ impl http_body::Body for Body {
             stall.taken();
         }
         let piece = ready!(body.poll_piece(context));
-        if let (Some(stall), Some(Ok(_))) = (&body.stall, &piece) {
+        if let (Some(stall), Some(Ok(piece))) = (&body.stall, &piece) {
             stall.given();
+            body.active.gives(piece.len());
         }
         if let Some(record) = &mut body.record {
             match &piece {
@@ -261,9 +284,8 @@ struct Record {
     host: Option<HeaderValue>,
     referer: Option<HeaderValue>,
     user_agent: Option<HeaderValue>,
-    tenant: Option<Arc<Tenant>>,
-    queued: Duration,
-    leased: Option<Instant>,
+    progress: Progress,
+    /// How long the guest was at work, if that is over.
     guest: Option<Duration>,
     status: u16,
     bytes: u64,
@@ -290,9 +312,7 @@ impl Record {
             host: value(&parts.headers, header::HOST),
             referer: value(&parts.headers, header::REFERER),
             user_agent: value(&parts.headers, header::USER_AGENT),
-            tenant: None,
-            queued: Duration::ZERO,
-            leased: None,
+            progress: Progress::default(),
             guest: None,
             status: 0,
             bytes: 0,
@@ -306,7 +326,8 @@ impl Drop for Record {
     fn drop(&mut self) {
         let target = self.head.as_ref().and_then(|(_, uri, _)| uri.path_and_query());
         let authority = self.head.as_ref().and_then(|(_, uri, _)| uri.authority());
-        let still_working = || self.leased.map(|leased| leased.elapsed()).unwrap_or_default();
+        let is_answered = self.status != 0 && !self.progress.is_deserted;
+        let still_working = || self.progress.leased.map(|leased| leased.elapsed()).unwrap_or_default();
         self.log.write(&Line {
             time: self.time,
             client: self.client.map(|client| client.ip().to_canonical()),
@@ -323,13 +344,13 @@ impl Drop for Record {
             referer: self.referer.as_ref().map(HeaderValue::as_bytes),
             user_agent: self.user_agent.as_ref().map(HeaderValue::as_bytes),
             // The client left before there was a response.
-            status: if self.status == 0 { 499 } else { self.status },
+            status: if is_answered { self.status } else { 499 },
             bytes: self.bytes,
-            is_whole: self.status != 0 && (self.has_ended || self.wants_no_body),
-            app: self.tenant.as_ref().map_or("", |tenant| tenant.config.name.as_str()),
+            is_whole: is_answered && (self.has_ended || self.wants_no_body),
+            app: self.progress.tenant.as_ref().map_or("", |tenant| tenant.config.name.as_str()),
             request: &self.id,
             total: self.start.elapsed(),
-            queued: self.queued,
+            queued: self.progress.queued(),
             guest: self.guest.unwrap_or_else(still_working),
         });
     }

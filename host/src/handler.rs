@@ -87,22 +87,32 @@ pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
     let observer = Observer { tenant: None, id, method: Method::GET };
     let held = app.footprint.hold(environ.len() as u64);
     let input = Input { environ, inline: Bytes::new(), held, body: RequestBody::empty(), hints: None };
-    let mut running = run(app, observer, input, &mut Times::default()).await?;
+    let mut running = run(app, observer, input, &mut Progress::default()).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, _) | First::Streaming(head) | First::File(head, _) => Ok(head.status.as_u16()),
     }
 }
 
-/// A response, and what the access log wants to know about it.
-pub struct Answer {
-    /// The response.
-    pub response: Response<ResponseBody>,
-    /// How long the request waited for an instance, if it got that far.
-    pub queued: Duration,
-    /// When it got one.
-    pub leased: Option<Instant>,
-    /// Whose app it was for.
+/// How far a request has come, for the access log. It is filled as the request
+/// goes on, for a client may leave at any time.
+#[derive(Default)]
+pub struct Progress {
+    /// Whose app it is for.
     pub tenant: Option<Arc<Tenant>>,
+    /// When it began to wait for an instance, and how long it did, if that is over.
+    asked: Option<Instant>,
+    waited: Option<Duration>,
+    /// When it got an instance.
+    pub leased: Option<Instant>,
+    /// Whether the client left before there was a response.
+    pub is_deserted: bool,
+}
+
+impl Progress {
+    /// How long it has waited for an instance.
+    pub fn queued(&self) -> Duration {
+        self.waited.or(self.asked.map(|asked| asked.elapsed())).unwrap_or_default()
+    }
 }
 
 /// Answers a request. Never fails: a failure becomes a response here.
@@ -112,22 +122,15 @@ pub async fn handle(
     id: RequestId,
     parts: &http::request::Parts,
     incoming: Incoming,
-) -> Answer {
-    let mut times = Times::default();
+    progress: &mut Progress,
+) -> Response<ResponseBody> {
     let mut observer = Observer { tenant: None, id, method: parts.method.clone() };
-    let outcome = respond(tenants, connection, &mut observer, parts, incoming, &mut times).await;
-    let response = outcome.unwrap_or_else(|failure| {
+    let outcome = respond(tenants, connection, &mut observer, parts, incoming, progress).await;
+    outcome.unwrap_or_else(|failure| {
+        progress.is_deserted = failure == Failure::ClientGone;
         observer.ended(Err(failure));
         refusal(failure, id)
-    });
-    Answer { response, queued: times.queued, leased: times.leased, tenant: observer.tenant }
-}
-
-/// When a request came to its instance.
-#[derive(Default)]
-struct Times {
-    queued: Duration,
-    leased: Option<Instant>,
+    })
 }
 
 /// The column of steps.
@@ -137,10 +140,11 @@ async fn respond(
     observer: &mut Observer,
     parts: &http::request::Parts,
     incoming: Incoming,
-    times: &mut Times,
+    progress: &mut Progress,
 ) -> Result<Response<ResponseBody>, Failure> {
     let tenant = tenants.route(environ::host(parts), parts.uri.path())?;
     observer.tenant = Some(Arc::clone(&tenant));
+    progress.tenant = Some(Arc::clone(&tenant));
     tenant.admit()?;
     if let Some((mount, name)) = tenant.static_file(parts.uri.path()) {
         return Ok(static_file(mount, name, parts, observer.id).await);
@@ -160,7 +164,7 @@ async fn respond(
     // section 15.2), and hyper can not send them on HTTP/2.
     let hints = parts.extensions.get::<EarlyHints>().filter(|_| parts.version == Version::HTTP_11);
     let input = Input { environ, inline, held, body, hints: hints.cloned() };
-    let mut running = run(app, observer.clone(), input, times).await?;
+    let mut running = run(app, observer.clone(), input, progress).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
         First::Complete(head, body) => {
             // It may be that the client takes it late, or never.
@@ -224,14 +228,20 @@ struct Input {
 /// # Errors
 ///
 /// If there is none to be had.
-async fn run(app: &App, observer: Observer, input: Input, times: &mut Times) -> Result<Running, Failure> {
+async fn run(
+    app: &App,
+    observer: Observer,
+    input: Input,
+    progress: &mut Progress,
+) -> Result<Running, Failure> {
     let Input { environ, inline, held, body, hints } = input;
     let asked = Instant::now();
+    progress.asked = Some(asked);
     let lease = app.pool.lease().await;
     let leased = Instant::now();
-    times.queued = leased - asked;
+    progress.waited = Some(leased - asked);
     let lease = lease?;
-    times.leased = Some(leased);
+    progress.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
     let exchange = Exchange::new(body, sender, &app.limits, &app.footprint).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);

@@ -1,15 +1,20 @@
 //! Where the server listens: addresses as typed, and bound sockets.
 
 use std::io;
+use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::Result;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, UnixListener};
+use tokio::net::{TcpListener, TcpSocket, UnixListener};
 
 use crate::environ::Connection;
 use crate::error::UserError;
+
+/// Connections that the kernel keeps until we take them.
+pub const BACKLOG: u32 = 1024;
 
 /// An address to listen on.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,7 +66,7 @@ impl Address {
     pub async fn listen(&self, with_tls: bool) -> Result<Listener> {
         match self {
             Address::Tcp(address, is_plain) => {
-                let listener = TcpListener::bind(address).await.map_err(|error| {
+                let listener = bind(address).await.map_err(|error| {
                     let refused = UserError::new(format!("can not listen on `{address}`: {error}"));
                     match error.kind() {
                         io::ErrorKind::AddrInUse => refused
@@ -90,6 +95,30 @@ impl Address {
             }
         }
     }
+}
+
+/// Binds the first of the addresses that `text` stands for and that can be.
+async fn bind(text: &str) -> io::Result<TcpListener> {
+    let mut failed = io::Error::new(io::ErrorKind::InvalidInput, "the name has no address");
+    for address in tokio::net::lookup_host(text).await? {
+        match bind_one(address) {
+            Ok(listener) => return Ok(listener),
+            Err(error) => failed = error,
+        }
+    }
+    Err(failed)
+}
+
+/// Binds an address, and one of IPv6 for IPv6 only: else `[::]` would take the
+/// port of `0.0.0.0` too, and the two could not be given together.
+fn bind_one(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    socket.set_reuseaddr(true)?;
+    if matches!(address.ip().to_canonical(), IpAddr::V6(_)) {
+        rustix::net::sockopt::set_ipv6_v6only(&socket, true)?;
+    }
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
 }
 
 /// Removes a socket that a dead server left behind: one that nobody answers on.
@@ -228,6 +257,17 @@ impl Listener {
                 Ok(Accepted { stream: Box::new(stream), connection, is_tls: false })
             }
         }
+    }
+
+    /// Takes a connection that is there; none if there is none.
+    ///
+    /// # Errors
+    ///
+    /// As the system has it.
+    pub async fn accept_waiting(&self) -> io::Result<Option<Accepted>> {
+        // The connection is asked for once before the time counts.
+        let accepted = tokio::time::timeout(Duration::ZERO, self.accept());
+        tokio::task::unconstrained(accepted).await.ok().transpose()
     }
 }
 

@@ -16,7 +16,7 @@ use crate::app;
 use crate::cache::Cache;
 use crate::cli::{CheckArgs, HttpArgs, ServeArgs};
 use crate::config::{self, Instances, Limits, TenantConfig};
-use crate::connection::{ConnectionLimits, Peers, Server, converse};
+use crate::connection::{self, ConnectionLimits, Peers, Server, converse};
 use crate::control;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
@@ -314,6 +314,11 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
         }
     }
     let http = &args.http;
+    if let Some(log) = &http.access_log_file {
+        // Beside the configuration it can be written, but not made anew.
+        let directory = parent(log);
+        paths.write.push(if has_configuration(&directory) { log.clone() } else { directory });
+    }
     let statics = http.static_files.iter().filter_map(|text| text.split_once('='));
     paths.read.extend(statics.map(|(_, directory)| directory.into()));
     let certificates = http.tls_cert.iter().chain(&http.tls_key).chain(&http.tls_client_ca);
@@ -384,7 +389,10 @@ async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>,
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = reload.recv() => server.front.tenants.reload_or_log().await,
+            _ = reload.recv() => {
+                server.front.access_log.iter().for_each(|log| log.reopen());
+                server.front.tenants.reload_or_log().await;
+            }
         }
     }
     tracing::info!("stopping: finishing what is running");
@@ -414,31 +422,50 @@ fn announce(line: &str) {
     println!("{line}");
 }
 
-/// Takes connections until told to stop.
+/// Takes connections until told to stop, and then those that wait already.
 async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Receiver<bool>) {
+    let place = || Arc::clone(&server.connections).acquire_owned();
     loop {
-        // Waiting for a free place first leaves further clients in the
-        // kernel's queue, where they cost us nothing.
+        // Clients too many wait in the kernel's queue, where they cost us
+        // nothing, but one for each listener: a place is taken only when there
+        // is a client, else a listener without clients would keep one.
         let accepted = tokio::select! {
-            accepted = async {
-                let permit = Arc::clone(&server.connections).acquire_owned().await;
-                (permit, listener.accept().await)
-            } => accepted,
-            _ = stopping.changed() => return,
+            accepted = async { drop(place().await); listener.accept().await } => accepted,
+            () = connection::stopped(&mut stopping) => break,
         };
         match accepted {
-            (Ok(permit), Ok(accepted)) => {
-                tokio::spawn(converse(Arc::clone(&server), accepted, permit, stopping.clone()));
-            }
-            (_, Err(error)) => {
+            Ok(accepted) => tokio::select! {
+                Ok(permit) = place() => {
+                    tokio::spawn(converse(Arc::clone(&server), accepted, permit, stopping.clone()));
+                }
+                () = connection::stopped(&mut stopping) => {
+                    converse_later(&server, accepted, &stopping);
+                    break;
+                }
+            },
+            Err(error) => {
                 // EMFILE and its like last a while; an aborted connection does
                 // not, but a short rest hurts nobody.
                 tracing::warn!("failed to accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
-            (Err(_), _) => return,
         }
     }
+    // For their clients, connections in the kernel's queue are open already.
+    for _ in 0..listener::BACKLOG {
+        let Ok(Some(accepted)) = listener.accept_waiting().await else { break };
+        converse_later(&server, accepted, &stopping);
+    }
+}
+
+/// Speaks HTTP on a connection when there is a place for it.
+fn converse_later(server: &Arc<Server>, accepted: listener::Accepted, stopping: &watch::Receiver<bool>) {
+    let (server, stopping) = (Arc::clone(server), stopping.clone());
+    tokio::spawn(async move {
+        if let Ok(permit) = Arc::clone(&server.connections).acquire_owned().await {
+            converse(server, accepted, permit, stopping).await;
+        }
+    });
 }
 
 #[cfg(test)]

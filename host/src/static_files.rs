@@ -105,8 +105,15 @@ impl Mount {
         Mount { footprint: Arc::clone(footprint), ..self }
     }
 
+    /// The mount that a request's `path` lies under, and the rest of the path.
+    /// Of several it is the innermost, in whatever order they were given.
+    pub fn find<'a, 'b>(mounts: &'a [Mount], path: &'b str) -> Option<(&'a Mount, &'b str)> {
+        let found = mounts.iter().filter_map(|mount| Some((mount, mount.below(path)?)));
+        found.min_by_key(|(_, rest)| rest.len())
+    }
+
     /// The rest of `path` if it lies under this mount.
-    pub fn below<'a>(&self, path: &'a str) -> Option<&'a str> {
+    fn below<'a>(&self, path: &'a str) -> Option<&'a str> {
         path.strip_prefix(&*self.prefix)?.strip_prefix('/')
     }
 }
@@ -292,18 +299,23 @@ fn represent(
     fields.insert(header::ACCEPT_RANGES, HeaderValue::from_static("bytes"));
 
     let text = |name: HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    // Several lines are one list.
+    let tags = |name: HeaderName| {
+        let lists: Vec<_> = headers.get_all(name).iter().filter_map(|value| value.to_str().ok()).collect();
+        (!lists.is_empty()).then(|| lists.join(","))
+    };
     // Both dates, if the request has one and the file has one.
     let dates = |name| Some((httpdate::parse_http_date(text(name)?).ok()?, modified?));
-    let failed = match text(header::IF_MATCH) {
-        Some(tags) => !names(tags, &tag, true),
+    let failed = match tags(header::IF_MATCH) {
+        Some(tags) => !names(&tags, &tag, true),
         None => dates(header::IF_UNMODIFIED_SINCE).is_some_and(|(asked, modified)| modified > asked),
     };
     if failed {
         *response.status_mut() = StatusCode::PRECONDITION_FAILED;
         return Ok(response);
     }
-    let is_known = match text(header::IF_NONE_MATCH) {
-        Some(tags) => names(tags, &tag, false),
+    let is_known = match tags(header::IF_NONE_MATCH) {
+        Some(tags) => names(&tags, &tag, false),
         None => dates(header::IF_MODIFIED_SINCE).is_some_and(|(asked, modified)| modified <= asked),
     };
     if is_known {
@@ -475,6 +487,18 @@ mod tests {
         ] {
             assert_eq!(file_path(bad), None, "{bad}");
         }
+    }
+
+    #[test]
+    fn the_innermost_mount_counts() {
+        let root = tempfile::tempdir().unwrap();
+        let mount = |prefix| Mount::directory(prefix, root.path()).unwrap();
+        let mounts = [mount("/a"), mount("/a/b"), mount("/a/b/c/")];
+        let found = |path| Mount::find(&mounts, path).map(|(mount, rest)| (&*mount.prefix, rest));
+        assert_eq!(found("/a/b/x"), Some(("/a/b", "x")));
+        assert_eq!(found("/a/b/c/x/y"), Some(("/a/b/c", "x/y")));
+        assert_eq!(found("/a/bc"), Some(("/a", "bc")));
+        assert_eq!(found("/b"), None);
     }
 
     #[test]

@@ -235,7 +235,7 @@ impl Tenant {
             return None;
         }
         let path = path_info(path, &self.config.path)?;
-        self.mounts.iter().find_map(|mount| Some((mount, mount.below(path)?)))
+        static_files::Mount::find(&self.mounts, path)
     }
 
     /// Notes how a request ended.

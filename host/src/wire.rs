@@ -5,8 +5,14 @@
 //! approves them before hyper sees them. So the two can not disagree on where
 //! a message ends, which is what request smuggling lives on. It looks at each
 //! byte of a head once, and at none of a body but the lines around chunks.
+//!
+//! [`Frames`] follows the frames of an HTTP/2 connection, only to count those
+//! that bring no request forward.
 
-use http::header;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use http::header::{self, HeaderValue};
 use http::request::Parts;
 use http::{Method, StatusCode, Uri, Version};
 
@@ -22,6 +28,18 @@ const MAX_METHOD: usize = 64;
 const REST_OF_LINE: usize = MAX_METHOD + "  HTTP/1.1\r".len();
 /// Empty lines before a request (RFC 9112 section 2.2 asks for one).
 const MAX_EMPTY_LINES: u32 = 2;
+
+/// What an HTTP/2 client sends first (RFC 9113 section 3.4).
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Frames of HTTP/2 without progress that a client may send at once, and in a
+/// second. It is these that [`Frames`] counts.
+const FRAMES_AT_ONCE: u64 = 1000;
+const FRAMES_PER_SECOND: u64 = 100;
+/// How many more it may send for each request, and for each piece of a response
+/// and so many bytes of it: a client that takes a response grants windows.
+pub const FRAMES_PER_REQUEST: u64 = 16;
+pub const FRAMES_PER_PIECE: u64 = 4;
+pub const BYTES_PER_FRAME: u64 = 512;
 
 /// Bounds for the head of a request.
 #[derive(Clone, Copy, Debug)]
@@ -440,6 +458,84 @@ impl ChunkScan {
     }
 }
 
+/// Counts the frames of an HTTP/2 connection that bring no request forward:
+/// PING, SETTINGS, PRIORITY, WINDOW_UPDATE and unknown ones. Each costs us
+/// more than the client, and h2 answers any number of them. It has limits of
+/// its own for the others: DATA, HEADERS, RST_STREAM and CONTINUATION.
+#[derive(Debug)]
+pub struct Frames {
+    /// Bytes until the next frame's head: of the preface, or of a payload.
+    skip: usize,
+    head: [u8; 9],
+    /// How much of the head is here.
+    have: usize,
+    /// Frames that may still come, and since when more are due.
+    left: u64,
+    since: Instant,
+    is_spent: bool,
+}
+
+impl Frames {
+    /// Starts before the preface.
+    pub fn new() -> Frames {
+        Frames {
+            skip: PREFACE.len(),
+            head: [0; 9],
+            have: 0,
+            left: FRAMES_AT_ONCE,
+            since: Instant::now(),
+            is_spent: false,
+        }
+    }
+
+    /// Goes on with `bytes`. Takes out of `earned` what requests have brought
+    /// in. Returns how many bytes may pass if the client has sent one frame
+    /// too many: up to the end of that frame.
+    pub fn follow(&mut self, bytes: &[u8], earned: &AtomicU64) -> Option<usize> {
+        let mut at = 0;
+        loop {
+            let skipped = self.skip.min(bytes.len() - at);
+            self.skip -= skipped;
+            at += skipped;
+            if self.skip == 0 && self.have == 0 && self.is_spent {
+                return Some(at);
+            }
+            if at == bytes.len() {
+                return None;
+            }
+            let taken = (self.head.len() - self.have).min(bytes.len() - at);
+            self.head[self.have..self.have + taken].copy_from_slice(&bytes[at..at + taken]);
+            self.have += taken;
+            at += taken;
+            if self.have < self.head.len() {
+                return None;
+            }
+            self.have = 0;
+            let [high, middle, low, kind, ..] = self.head;
+            self.skip = u32::from_be_bytes([0, high, middle, low]) as usize;
+            // DATA, HEADERS, RST_STREAM, CONTINUATION (RFC 9113 section 6).
+            if !matches!(kind, 0 | 1 | 3 | 9) {
+                self.count(earned);
+            }
+        }
+    }
+
+    fn count(&mut self, earned: &AtomicU64) {
+        if self.left == 0 {
+            let milliseconds = u64::try_from(self.since.elapsed().as_millis()).unwrap_or(u64::MAX);
+            let due = (milliseconds.saturating_mul(FRAMES_PER_SECOND) / 1000).min(FRAMES_AT_ONCE);
+            if due > 0 {
+                self.since = Instant::now();
+            }
+            self.left = due.saturating_add(earned.swap(0, Ordering::Relaxed));
+        }
+        match self.left.checked_sub(1) {
+            Some(left) => self.left = left,
+            None => self.is_spent = true,
+        }
+    }
+}
+
 /// Checks what a request asks for, whatever the protocol it came by.
 ///
 /// # Errors
@@ -469,7 +565,29 @@ pub fn check_request(parts: &Parts, limits: &HeadLimits) -> Result<(), Failure> 
     if parts.uri.scheme_str().is_some_and(|scheme| scheme != "http" && scheme != "https") {
         return Err(bad("the target's scheme is not http or https"));
     }
+    if parts.version == Version::HTTP_2 {
+        check_http2(parts)?;
+    }
     check_host(parts)
+}
+
+/// What h2 lets through, and [`Scan`] does not.
+fn check_http2(parts: &Parts) -> Result<(), Failure> {
+    if parts.method.as_str().len() > MAX_METHOD {
+        return Err(bad("the method is not a token"));
+    }
+    // RFC 9113 section 8.2.1.
+    let is_blank = |byte: Option<&u8>| matches!(byte, Some(b' ' | b'\t'));
+    let has_blanks =
+        |value: &HeaderValue| is_blank(value.as_bytes().first()) || is_blank(value.as_bytes().last());
+    if parts.headers.values().any(has_blanks) {
+        return Err(bad("a header value has a blank at its end"));
+    }
+    // h2 takes the same number twice for one.
+    if parts.headers.get_all(header::CONTENT_LENGTH).iter().nth(1).is_some() {
+        return Err(bad("Content-Length is repeated"));
+    }
+    Ok(())
 }
 
 /// RFC 9112 section 3.2 and RFC 9113 section 8.3.1: one host, well-formed,
@@ -568,4 +686,47 @@ static IS_TOKEN: [bool; 256] = {
 
 fn bad(reason: &'static str) -> Failure {
     Failure::BadRequest(reason)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frame(kind: u8, payload: &[u8]) -> Vec<u8> {
+        let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+        [&length[1..], &[kind, 0, 0, 0, 0, 0], payload].concat()
+    }
+
+    #[test]
+    fn frames_without_progress_are_counted_however_they_come_in() {
+        let ping = frame(6, b"12345678");
+        // What looks like frames within DATA is none.
+        let data = frame(0, &ping.repeat(900));
+        let limit = FRAMES_AT_ONCE as usize;
+        let before = [PREFACE, &data, &ping.repeat(limit), &data].concat();
+        let whole = [&before[..], &ping, &data, &ping].concat();
+        for size in [1, 7, 9, 10, 4096, whole.len()] {
+            let earned = AtomicU64::new(0);
+            let mut frames = Frames::new();
+            // Else some may have become due meanwhile.
+            frames.since = Instant::now() + std::time::Duration::from_secs(3600);
+            let mut passed = 0;
+            for piece in whole.chunks(size) {
+                match frames.follow(piece, &earned) {
+                    None => passed += piece.len(),
+                    Some(length) => {
+                        passed += length;
+                        break;
+                    }
+                }
+            }
+            assert_eq!(passed, before.len() + ping.len(), "in pieces of {size}");
+        }
+        let earned = AtomicU64::new(2);
+        let mut frames = Frames::new();
+        frames.since = Instant::now() + std::time::Duration::from_secs(3600);
+        assert_eq!(frames.follow(&before, &earned), None);
+        assert_eq!(frames.follow(&ping.repeat(2), &earned), None, "what was earned counts");
+        assert_eq!(frames.follow(&ping, &earned), Some(ping.len()));
+    }
 }

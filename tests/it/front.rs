@@ -46,12 +46,37 @@ fn headers_about_the_client_are_removed_unless_a_proxy_is_trusted() {
     assert_eq!(server.request("GET", "/hello", &[("X-Forwarded-Prefix", "/../x")], b"").status, 400);
     server.finish();
 
+    // Only what the trusted proxies have added reaches the app.
+    let chain = [
+        ("X-Forwarded-For", "6.6.6.6, 203.0.113.7"),
+        ("X-Forwarded-For", "10.0.0.1"),
+        ("X-Forwarded-Proto", "http, https, http"),
+        ("X-Forwarded-Host", "evil.example"),
+    ];
+    let expected = [
+        ("1", "10.0.0.1", "10.0.0.1", Some("http"), Some("evil.example")),
+        ("2", "203.0.113.7", "203.0.113.7, 10.0.0.1", Some("https, http"), None),
+        ("4", "127.0.0.1", "", None, None),
+    ];
+    for (hops, client, left, proto, host) in expected {
+        let server = Server::start("behaviours", &["--trusted-proxy", "127.0.0.1", "--forwarded-hops", hops]);
+        let seen = environ(server.request("GET", "/show-environ", &chain, b""));
+        assert_eq!(seen["REMOTE_ADDR"], client, "{hops} hops");
+        assert_eq!(seen["HTTP_X_FORWARDED_FOR"].as_str().unwrap_or_default(), left, "{hops} hops");
+        assert_eq!(seen["HTTP_X_FORWARDED_PROTO"].as_str(), proto, "{hops} hops");
+        assert_eq!(seen["HTTP_X_FORWARDED_HOST"].as_str(), host, "{hops} hops");
+        assert_eq!(seen["wsgi.url_scheme"], if hops == "2" { "https" } else { "http" });
+        assert_eq!(seen["HTTP_HOST"], host.unwrap_or("test.example"), "{hops} hops");
+        server.finish();
+    }
+
     let options = ["--trusted-proxy", "127.0.0.1", "--forwarded", "forwarded", "--forwarded-hops", "2"];
     let server = Server::start("behaviours", &options);
     let chain = [("Forwarded", "for=6.6.6.6, for=\"[2001:db8::1]:99\";proto=https, for=10.0.0.1")];
     let environ = environ(server.request("GET", "/show-environ", &chain, b""));
     assert_eq!((&environ["REMOTE_ADDR"], &environ["REMOTE_PORT"]), (&"2001:db8::1".into(), &"99".into()));
     assert_eq!(environ["wsgi.url_scheme"], "https");
+    assert_eq!(environ["HTTP_FORWARDED"], "for=\"[2001:db8::1]:99\";proto=https, for=10.0.0.1");
     server.finish();
 }
 
@@ -64,6 +89,18 @@ fn the_proxy_protocol_names_the_client() {
     let environ: serde_json::Value = serde_json::from_str(&connection.read_response("GET").ok()).unwrap();
     assert_eq!((&environ["REMOTE_ADDR"], &environ["REMOTE_PORT"]), (&"203.0.113.7".into(), &"5000".into()));
     assert_eq!((&environ["SERVER_NAME"], &environ["SERVER_PORT"]), (&"192.0.2.1".into(), &"443".into()));
+    // Version 2: PROXY, TCP over IPv6, and an extension that is skipped.
+    let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x21\0\x29".to_vec();
+    for address in ["2001:db8::7", "2001:db8::1"] {
+        header.extend(address.parse::<std::net::Ipv6Addr>().unwrap().octets());
+    }
+    header.extend([0x13, 0x88, 0x01, 0xbb]);
+    header.extend([0x04, 0, 2, 0, 0]);
+    let mut connection = server.connect();
+    connection.send([&header, request.as_bytes()].concat());
+    let environ: serde_json::Value = serde_json::from_str(&connection.read_response("GET").ok()).unwrap();
+    assert_eq!((&environ["REMOTE_ADDR"], &environ["REMOTE_PORT"]), (&"2001:db8::7".into(), &"5000".into()));
+    assert_eq!((&environ["SERVER_NAME"], &environ["SERVER_PORT"]), (&"2001:db8::1".into(), &"443".into()));
     let mut connection = server.connect();
     connection.send(request);
     assert!(connection.is_closed(), "a connection without the header is served");
@@ -71,19 +108,58 @@ fn the_proxy_protocol_names_the_client() {
 }
 
 #[test]
+fn connections_are_counted_by_the_client_that_the_balancer_names() {
+    let server = Server::start("behaviours", &["--proxy-protocol", "--max-connections-per-client", "2"]);
+    let connect = |client: &str| {
+        let mut connection = server.connect();
+        let header = format!("PROXY TCP4 {client} 192.0.2.1 5000 80\r\n");
+        connection.send(header + "GET /hello HTTP/1.1\r\nHost: x\r\n\r\n");
+        connection
+    };
+    let mut open: Vec<_> = ["203.0.113.7", "203.0.113.8", "203.0.113.7", "203.0.113.9"]
+        .into_iter()
+        .map(|client| {
+            let mut connection = connect(client);
+            assert_eq!(connection.read_response("GET").ok(), "Hello, world!\n", "{client}");
+            connection
+        })
+        .collect();
+    assert!(connect("203.0.113.7").is_closed(), "one more than allowed is served");
+    let mut other = connect("203.0.113.8");
+    assert_eq!(other.read_response("GET").status, 200);
+    open.push(other);
+    server.finish();
+}
+
+#[test]
 fn sockets_are_taken_over_from_the_service_manager() {
     use std::os::fd::OwnedFd;
+    let serve = |socket: OwnedFd| {
+        // Descriptors that are passed begin with 3.
+        let mut command = std::process::Command::new("sh");
+        command
+            .args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" serve \"$1\" 3<&0 0</dev/null"])
+            .arg(env!("CARGO_BIN_EXE_wsgi-wasm"))
+            .arg(guest("behaviours"))
+            .env("WSGI_WASM_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"))
+            .stdin(socket);
+        Server::spawn(&mut command)
+    };
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("socket");
+    let server = serve(std::os::unix::net::UnixListener::bind(&path).unwrap().into());
+    assert_eq!(server.announced(1), ["listening on unix"]);
+    let mut stream = std::os::unix::net::UnixStream::connect(&path).unwrap();
+    stream.write_all(b"GET /hello HTTP/1.0\r\n\r\n").unwrap();
+    let mut response = String::new();
+    stream.read_to_string(&mut response).unwrap();
+    assert!(response.ends_with("\r\n\r\nHello, world!\n"), "{response}");
+    server.finish();
+    assert!(path.exists(), "the socket is the service manager's to remove");
+
     let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = listener.local_addr().unwrap();
-    // Descriptors that are passed begin with 3.
-    let mut command = std::process::Command::new("sh");
-    command
-        .args(["-c", "LISTEN_PID=$$ LISTEN_FDS=1 exec \"$0\" serve \"$1\" 3<&0 0</dev/null"])
-        .arg(env!("CARGO_BIN_EXE_wsgi-wasm"))
-        .arg(guest("behaviours"))
-        .env("WSGI_WASM_CACHE", Path::new(env!("CARGO_TARGET_TMPDIR")).join("cache"))
-        .stdin(OwnedFd::from(listener));
-    let server = Server::spawn(&mut command);
+    let server = serve(listener.into());
     assert_eq!(server.address(), address);
     let lines = server.announced(1);
     assert_eq!(lines.len(), 1, "{lines:?}");
@@ -182,6 +258,121 @@ fn the_access_log_tells_what_happened() {
 }
 
 #[test]
+fn the_access_log_tells_of_clients_that_leave() {
+    let server = Server::start("behaviours", &["--access-log", "json", "--instances", "1"]);
+    let line = |parts: &[&str]| -> serde_json::Value {
+        serde_json::from_str(&server.wait_for_log(&[&["{", "\"status\":499"][..], parts].concat())).unwrap()
+    };
+    // In the middle of the guest's work.
+    let mut left = server.connect();
+    let work = b"import sys, time\nprint('at work', file=sys.stderr, flush=True)\ntime.sleep(1)\nresult = 1";
+    left.send_request("POST", "/run", &[], work);
+    server.wait_for_log(&["at work"]);
+    drop(left);
+    let seen = line(&["/run"]);
+    assert_eq!((&seen["app"], &seen["whole"]), (&"behaviours".into(), &false.into()));
+    assert!(seen["guest"].as_f64().unwrap() > 0.0, "{seen}");
+    // In the middle of a body: one that is read ahead, and one that the guest reads.
+    for (length, path) in [(10, "/echo?small"), (1_000_000, "/echo?large")] {
+        let mut left = server.connect();
+        left.send(format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\nabc"));
+        drop(left);
+        let seen = line(&[path]);
+        assert_eq!((&seen["app"], &seen["whole"]), (&"behaviours".into(), &false.into()), "{seen}");
+    }
+    server.finish();
+}
+
+#[test]
+fn the_access_log_is_opened_anew_at_a_hangup() {
+    let directory = tempfile::tempdir().unwrap();
+    let (file, old) = (directory.path().join("access.log"), directory.path().join("access.log.1"));
+    let options = ["--access-log", "combined", "--access-log-file", file.to_str().unwrap()];
+    let server = Server::start("behaviours", &options);
+    server.get("/hello?first").ok();
+    std::fs::rename(&file, &old).unwrap();
+    server.get("/hello?second").ok();
+    server.signal("HUP");
+    let end = std::time::Instant::now() + Duration::from_secs(30);
+    while !file.exists() {
+        assert!(std::time::Instant::now() < end, "the file is not opened anew");
+        server.get("/hello?meanwhile").ok();
+    }
+    server.get("/hello?third").ok();
+    server.finish();
+    let (old, new) = (std::fs::read_to_string(old).unwrap(), std::fs::read_to_string(file).unwrap());
+    assert!(old.contains("?first") && old.contains("?second") && !old.contains("?third"), "{old}");
+    assert!(!new.contains("?second") && new.contains("?third"), "{new}");
+}
+
+#[test]
+fn a_response_says_when_the_connection_ends_with_it() {
+    let server = Server::start("behaviours", &["--client-timeout", "30s"]);
+    let ask = |path: &str| {
+        let mut connection = server.connect();
+        connection.send(format!("GET {path} HTTP/1.0\r\nConnection: keep-alive\r\n\r\n"));
+        let response = connection.read_response("GET");
+        (response.header("connection").map(str::to_owned), response.ok(), connection)
+    };
+    // HTTP/1.0 has no chunks: the body ends with the connection.
+    let (connection, body, mut client) = ask("/stream");
+    assert_eq!((connection.as_deref(), body.len()), (Some("close"), 24));
+    assert!(client.is_closed());
+    for path in ["/stream-exact", "/hello"] {
+        let (connection, _, mut client) = ask(path);
+        assert_eq!(connection.as_deref(), Some("keep-alive"), "{path}");
+        client.send("GET /hello HTTP/1.0\r\n\r\n");
+        assert_eq!(client.read_response("GET").ok(), "Hello, world!\n");
+    }
+    // A body that is still under way, and that nobody reads.
+    let mut unread = server.connect();
+    unread.send("POST /ignore-body HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\nabc");
+    let response = unread.read_response("POST");
+    assert_eq!(response.header("connection"), Some("close"));
+    assert_eq!(response.ok(), "ignored");
+    assert!(unread.is_closed());
+    // 205 has a length, but no body (RFC 9110 section 15.3.6).
+    let mut reset = server.connect();
+    reset.send_request("GET", "/status?205+Reset+Content", &[], b"");
+    let response = reset.read_response("GET");
+    assert_eq!((response.status, response.header("content-length")), (205, Some("0")));
+    reset.send_request("GET", "/hello", &[], b"");
+    assert_eq!(reset.read_response("GET").ok(), "Hello, world!\n");
+    server.finish();
+}
+
+#[test]
+fn a_client_that_closes_its_half_has_left() {
+    let server = Server::start("behaviours", &[]);
+    let mut half = std::net::TcpStream::connect(server.address()).unwrap();
+    half.set_read_timeout(Some(Duration::from_secs(30))).unwrap();
+    half.write_all(b"GET /stream-for-ever HTTP/1.1\r\nHost: x\r\n\r\n").unwrap();
+    half.read_exact(&mut [0; 12]).unwrap();
+    half.shutdown(std::net::Shutdown::Write).unwrap();
+    // The app's iterator is closed, as for any client that leaves.
+    server.wait_for_log(&["closed pieces"]);
+    let mut answer = Vec::new();
+    // A reset is an end, too.
+    let _ = half.read_to_end(&mut answer);
+    assert!(!answer.ends_with(b"0\r\n\r\n"), "an endless body ends");
+    server.finish();
+}
+
+#[test]
+fn a_body_that_comes_too_slowly_is_a_408() {
+    let server = Server::start("behaviours", &["--min-rate", "1MiB", "--client-timeout", "60s"]);
+    let start = std::time::Instant::now();
+    let mut slow = server.connect();
+    slow.send("POST /echo HTTP/1.1\r\nHost: x\r\nContent-Length: 10000\r\n\r\n");
+    // A byte now and then is not silence, and yet not enough.
+    while slow.try_send(b"x").is_ok() && !slow.has_answer(Duration::from_millis(200)) {}
+    let response = slow.read_response("POST");
+    assert_eq!((response.status, response.header("connection")), (408, Some("close")));
+    assert!(start.elapsed() < Duration::from_secs(50), "the rate is not looked at");
+    server.finish();
+}
+
+#[test]
 fn static_files_are_served_without_the_app() {
     let directory = tempfile::tempdir().unwrap();
     let root = directory.path().join("public");
@@ -209,6 +400,8 @@ fn static_files_are_served_without_the_app() {
     let css = "/static/css/a%20b.css";
     assert_eq!(ask(css, &[("If-None-Match", &tag)]).status, 304);
     assert_eq!(ask(css, &[("If-None-Match", "\"other\"")]).status, 200);
+    assert_eq!(ask(css, &[("If-None-Match", "\"other\""), ("If-None-Match", &tag)]).status, 304);
+    assert_eq!(ask(css, &[("If-Match", "\"other\""), ("If-Match", &tag)]).status, 200);
     assert_eq!(ask(css, &[("If-Modified-Since", &date)]).status, 304);
     assert_eq!(ask(css, &[("If-None-Match", "\"other\""), ("If-Modified-Since", &date)]).status, 200);
     assert_eq!(ask(css, &[("If-Match", "\"other\"")]).status, 412);
@@ -217,6 +410,15 @@ fn static_files_are_served_without_the_app() {
     assert_ne!(packed.header("etag"), Some(&*tag));
     assert_eq!(packed.ok(), "not really gzip");
     assert_eq!(ask(css, &[("Accept-Encoding", "gzip;q=0")]).ok(), "body {}");
+    std::fs::write(root.join("css/a b.css.br"), "not really brotli").unwrap();
+    let packed = ask(css, &[("Accept-Encoding", "gzip, br")]);
+    assert_eq!(packed.header("content-encoding"), Some("br"));
+    assert_eq!(packed.header("content-type"), Some("text/css; charset=utf-8"));
+    assert_eq!(packed.ok(), "not really brotli");
+    // One that is older than its source was made of another.
+    let old = std::fs::File::options().write(true).open(root.join("css/a b.css.br")).unwrap();
+    old.set_modified(std::time::UNIX_EPOCH).unwrap();
+    assert_eq!(ask(css, &[("Accept-Encoding", "br")]).ok(), "body {}");
 
     let whole = server.get("/static/large.bin");
     assert!(whole.body == large && !whole.cut);
@@ -254,6 +456,22 @@ fn static_files_are_served_without_the_app() {
     }
     assert_eq!(server.get("/staticfile").text(), "no such route");
     assert_eq!(server.get("/static").text(), "no such route");
+    server.finish();
+
+    // The innermost mount counts, and a 304 names what was sent.
+    let inner = directory.path().join("inner");
+    std::fs::create_dir(&inner).unwrap();
+    std::fs::write(inner.join("text.txt"), "text ".repeat(100)).unwrap();
+    let inner = format!("/static/css={}", inner.display());
+    let server = Server::start("behaviours", &["--compress", "--static", &option, "--static", &inner]);
+    let coding = ("Accept-Encoding", "gzip");
+    let ask = |headers: &[(&str, &str)]| server.request("GET", "/static/css/text.txt", headers, b"");
+    let packed = ask(&[coding]);
+    assert_eq!((packed.status, packed.header("content-encoding")), (200, Some("gzip")));
+    let tag = packed.header("etag").unwrap();
+    assert!(tag.starts_with("W/"), "{tag}");
+    let known = ask(&[coding, ("If-None-Match", tag)]);
+    assert_eq!((known.status, known.header("etag")), (304, Some(tag)));
     server.finish();
 }
 

@@ -214,6 +214,72 @@ fn floods_of_http2_frames_end_the_connection() {
 }
 
 #[test]
+fn a_spent_http2_connection_says_goodbye() {
+    let server = Server::start("behaviours", &["--keep-alive-requests", "2"]);
+    let mut spent = raw(&server, &[]);
+    for stream in [1, 3] {
+        spent.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, stream, HELLO)).unwrap();
+    }
+    assert_eq!(wait_for(&mut spent, GOAWAY, 0).unwrap(), [0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0]);
+    let ping = wait_for(&mut spent, PING, 0).unwrap();
+    spent.write_all(&frame(PING, ACK, 0, &ping)).unwrap();
+    assert_eq!(wait_for(&mut spent, GOAWAY, 0).unwrap(), [0, 0, 0, 3, 0, 0, 0, 0]);
+    assert_eq!(spent.read_to_end(&mut Vec::new()).unwrap_or_default(), 0);
+    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    server.finish();
+}
+
+#[test]
+fn frames_without_progress_end_the_connection() {
+    let server = Server::start("behaviours", &[]);
+    let setting = [0, 3, 0, 0, 0, 100];
+    let floods: [(&str, Vec<u8>); 6] = [
+        ("PING", frame(PING, 0, 0, b"12345678")),
+        ("answers to no PING", frame(PING, ACK, 0, b"12345678")),
+        ("SETTINGS", frame(SETTINGS, 0, 0, &setting)),
+        ("PRIORITY", frame(2, 0, 1, &[0, 0, 0, 0, 1])),
+        ("WINDOW_UPDATE", frame(8, 0, 0, &[0, 0, 0, 1])),
+        ("unknown frames", frame(0x42, 0, 0, b"")),
+    ];
+    for (name, flood) in floods {
+        let mut client = raw(&server, &[]);
+        let mut reader = client.try_clone().unwrap();
+        let seen = std::thread::spawn(move || goaway_reason(&mut reader));
+        let flood = flood.repeat(100);
+        let mut sent = 0;
+        // Many more than are allowed at once and become due meanwhile.
+        while sent < 1_000_000 && client.write_all(&flood).is_ok() {
+            sent += 100;
+        }
+        assert!(sent < 1_000_000, "{name}: all were taken");
+        // PROTOCOL_ERROR, if what came after it has not reset the connection.
+        assert!(matches!(seen.join().unwrap(), Some(1) | None), "{name}");
+    }
+    // Who takes a large response bit by bit grants many windows.
+    let mut client = raw(&server, &[]);
+    let large = b"\x82\x86\x04\x09/large?32\x41\x01x";
+    client.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, 1, large)).unwrap();
+    let (mut received, mut granted) = (0, 0);
+    while received < 32 << 20 {
+        let mut head = [0; 9];
+        client.read_exact(&mut head).unwrap();
+        let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+        client.read_exact(&mut payload).unwrap();
+        if head[3] == 0 && !payload.is_empty() {
+            received += payload.len();
+            let increment = u32::try_from(payload.len()).unwrap().to_be_bytes();
+            let both = [frame(8, 0, 0, &increment), frame(8, 0, 1, &increment)].concat();
+            // The last ones may come too late.
+            let _ = client.write_all(&both);
+            granted += 2;
+        }
+    }
+    assert!(granted > 4000, "only {granted} windows were granted");
+    assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
+    server.finish();
+}
+
+#[test]
 fn a_stream_without_a_window_holds_no_instance() {
     let server = Server::start("behaviours", &["--instances", "1", "--client-timeout", "500ms"]);
     // SETTINGS_INITIAL_WINDOW_SIZE = 0: not a byte of a body may be sent.

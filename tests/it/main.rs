@@ -30,6 +30,8 @@ mod front;
 mod harness;
 /// Tenants that attack: the host stands, and their neighbours notice nothing.
 mod hostile;
+/// HTTP/2 frame by frame.
+mod http2_conformance;
 /// HTTP/2 and TLS, by clients of their own.
 mod http2_tls;
 /// What a guest can reach on the network.

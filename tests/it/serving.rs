@@ -44,6 +44,99 @@ fn each_address_is_announced_and_answers() {
 }
 
 #[test]
+fn both_families_have_the_same_port() {
+    if std::net::TcpListener::bind("[::1]:0").is_err() {
+        eprintln!("skipped: this machine has no IPv6");
+        return;
+    }
+    // Any port that is free for both.
+    let (server, port) = (0..20)
+        .find_map(|_| {
+            let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+            let port = free.local_addr().unwrap().port();
+            std::net::TcpListener::bind(("::1", port)).ok()?;
+            drop(free);
+            let (four, six) = (format!("0.0.0.0:{port}"), format!("[::]:{port}"));
+            let mut command = wsgi_wasm();
+            command.arg("serve").arg(guest("behaviours")).args(["--bind", &four, "--bind", &six]);
+            Some((Server::spawn(&mut command), port))
+        })
+        .unwrap();
+    let lines = server.announced(2);
+    assert_eq!(lines[1], format!("listening on http://[::]:{port}"));
+    for address in ["127.0.0.1", "::1"] {
+        let mut stream = std::net::TcpStream::connect((address, port)).unwrap();
+        stream.write_all(b"GET /show-environ HTTP/1.0\r\n\r\n").unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        assert!(response.contains(&format!("\"REMOTE_ADDR\": \"{address}\"")), "{response}");
+    }
+    server.finish();
+}
+
+#[test]
+fn a_listener_without_clients_keeps_no_place() {
+    let mut command = wsgi_wasm();
+    command.arg("serve").arg(guest("behaviours")).args([
+        "--bind",
+        "127.0.0.1:0",
+        "--bind",
+        "127.0.0.1:0",
+        "--max-connections",
+        "1",
+        "--keep-alive",
+        "20s",
+    ]);
+    let server = Server::spawn(&mut command);
+    let lines = server.announced(2);
+    let second = lines[1].strip_prefix("listening on http://").unwrap();
+    for address in [second, &server.address().to_string(), second] {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        stream.write_all(b"GET /hello HTTP/1.0\r\n\r\n").unwrap();
+        let mut response = String::new();
+        stream.read_to_string(&mut response).unwrap();
+        assert!(response.starts_with("HTTP/1.0 200"), "{address}: {response}");
+    }
+    // The one place is taken: the next client gets its answer afterwards.
+    let mut first = server.connect();
+    first.send_request("GET", "/hello", &[], b"");
+    first.read_response("GET").ok();
+    let mut next = server.connect();
+    next.send_request("GET", "/hello", &[], b"");
+    assert!(!next.has_answer(std::time::Duration::from_millis(200)), "more connections than allowed");
+    drop(first);
+    assert_eq!(next.read_response("GET").ok(), "Hello, world!\n");
+    drop(next);
+    server.finish();
+}
+
+#[test]
+fn a_stop_serves_those_that_wait_already() {
+    let mut server = Server::start("behaviours", &["--max-connections", "1"]);
+    let mut running = server.connect();
+    running.send_request("GET", "/nap?0.3", &[], b"");
+    // The only place is taken: these wait, most of them in the kernel's queue.
+    let mut waiting: Vec<_> = (0..5)
+        .map(|_| {
+            let mut connection = server.connect();
+            connection.send_request("GET", "/hello", &[], b"");
+            connection
+        })
+        .collect();
+    server.signal("TERM");
+    server.wait_for_log(&["stopping"]);
+    assert_eq!(running.read_response("GET").ok(), "slept");
+    for connection in &mut waiting {
+        let response = connection.read_response("GET");
+        assert_eq!(response.header("connection"), Some("close"));
+        assert_eq!(response.ok(), "Hello, world!\n");
+        assert!(connection.is_closed());
+    }
+    assert_eq!(server.wait(), Some(0));
+}
+
+#[test]
 fn a_directory_is_built_and_served() {
     // The same inputs as the built guest, so it comes from the cache.
     guest("behaviours");
@@ -79,7 +172,9 @@ fn a_stop_finishes_what_runs_and_takes_nothing_new() {
     server.signal("TERM");
     server.wait_for_log(&["stopping"]);
     assert!(idle.is_closed(), "a connection without a request is closed");
-    assert_eq!(running.read_response("GET").ok(), "slept");
+    let response = running.read_response("GET");
+    assert_eq!(response.header("connection"), Some("close"));
+    assert_eq!(response.ok(), "slept");
     let mut received = 0;
     while let Some(chunk) = streaming.read_chunk().filter(|chunk| !chunk.is_empty()) {
         received += chunk.len();

@@ -19,6 +19,7 @@ fn each_case_of_the_wire_corpus_is_answered_as_expected() {
     cases.sort();
     assert!(cases.len() >= 60, "only {} cases were found", cases.len());
     let failed: Vec<_> = cases.iter().filter_map(|case| check(&server, case).err()).collect();
+    eprintln!("HTTP/1: {} cases, {} answered as expected", cases.len(), cases.len() - failed.len());
     assert!(failed.is_empty(), "{} of {} cases:\n{}", failed.len(), cases.len(), failed.join("\n"));
     server.finish();
 }

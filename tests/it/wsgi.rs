@@ -238,6 +238,7 @@ fn a_body_has_the_length_that_was_announced() {
     for (method, path) in [
         ("GET", "/close-how?no-content"),
         ("GET", "/status?204+No+Content"),
+        ("GET", "/status?205+Reset+Content"),
         ("GET", "/status?304+Not+Modified"),
         ("HEAD", "/close-how?head"),
         ("HEAD", "/stream-exact"),

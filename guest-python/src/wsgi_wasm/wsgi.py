@@ -213,11 +213,11 @@ class Response:
         if type(status) is not str or status not in _statuses:
             _check_status(status)
         code = status[:3]
-        without_length = code == "204" or code[0] == "1"
+        without_length = code == "204" or code == "205" or code[0] == "1"
         lines, length = _header_lines(headers, without_length)
         self.head = f"Status: {status}\r\n{lines}"
         self.length = length
-        # RFC 9110 section 6.4.1.
+        # RFC 9110 sections 6.4.1 and 15.3.6.
         self.bodiless = without_length or code == "304" or self.method == "HEAD"
         return self.write
 

@@ -32,16 +32,7 @@ async fn converse(pieces: Vec<Vec<u8>>, buffer: usize) -> (Vec<Seen>, Vec<u8>, b
         streams: 1,
         resets: 1,
     };
-    let link = Arc::new(Link {
-        connection: Arc::default(),
-        is_h2: false,
-        is_trusted: false,
-        requests: AtomicU64::new(0),
-        active: AtomicU64::new(0),
-        idle: Notify::new(),
-        end: Mutex::default(),
-        refused: OnceLock::new(),
-    });
+    let link = Link::new(false, u64::MAX, Connection::default(), false);
     let (ours, theirs) = tokio::io::duplex(buffer);
     let wire =
         Wire::new(Box::new(ours), BytesMut::new(), Some(Scan::new(LIMITS)), Arc::clone(&link), &limits);
