@@ -23,6 +23,7 @@ use crate::files::granted::Quota;
 use crate::files::{FileGrants, memory};
 use crate::network::Rule;
 use crate::pool::Isolation;
+use crate::state::{Stamp, stamp};
 use crate::static_files::Mount;
 use crate::units::{Size, Time};
 
@@ -297,7 +298,7 @@ pub struct Limits {
 /// The limits that hold where nothing is said.
 pub const DEFAULT_LIMITS: Limits = Limits {
     memory: 128 << 20,
-    total_memory: None,
+    total_memory: Some(1 << 30),
     timeout: Duration::from_secs(30),
     cpu: None,
     cpu_per_minute: None,
@@ -309,6 +310,16 @@ pub const DEFAULT_LIMITS: Limits = Limits {
     log_lines: 1000,
     response_time: Duration::from_secs(3600),
 };
+
+/// The memory of all instances together where nothing is said: half of what
+/// `instances` of `memory` may have one by one, for few ever have that much,
+/// but not less than the default.
+pub fn default_total_memory(memory: u64, instances: usize) -> u64 {
+    let together = memory.saturating_mul(instances as u64) / 2;
+    // One instance alone may have its limit, with what the host holds for it.
+    let alone = memory.saturating_add(memory / 4);
+    together.max(alone).max(DEFAULT_LIMITS.total_memory.unwrap_or(0))
+}
 
 /// The instances that a tenant has where nothing is said.
 pub const DEFAULT_INSTANCES: Instances =
@@ -426,6 +437,25 @@ pub fn load_directory(directory: &Path) -> Result<Vec<TenantConfig>> {
             .remedy("give each a host or a path of its own, in the `.toml` file beside the app")
     })?;
     Ok(tenants)
+}
+
+/// What the tenants in `path`, a configuration or a directory, are read from,
+/// as it is now. Without the apps, which are looked at one by one.
+pub fn stamps(path: &Path) -> Vec<(PathBuf, Stamp)> {
+    let Ok(entries) = fs::read_dir(path) else { return vec![(path.to_path_buf(), stamp(path))] };
+    let mut found: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let path = entry.path();
+            match path.extension()?.to_str()? {
+                "wasm" => Some((path, None)),
+                "toml" => Some((path.clone(), stamp(&path))),
+                _ => None,
+            }
+        })
+        .collect();
+    found.sort();
+    found
 }
 
 /// The JSON schema of a configuration file.
@@ -660,8 +690,8 @@ fn resolve_tenant(
         hosts,
         path: path.unwrap_or_default(),
         isolation: section.isolation.or(defaults.isolation).unwrap_or_default(),
+        limits: resolve_limits(&section.limits, &defaults.limits, instances.max),
         instances,
-        limits: resolve_limits(&section.limits, &defaults.limits),
         environment: Environment(environment),
         files: FileGrants { temporary, data },
         network: rules,
@@ -672,15 +702,20 @@ fn resolve_tenant(
     })
 }
 
-fn resolve_limits(own: &LimitsSection, shared: &LimitsSection) -> Limits {
+fn resolve_limits(own: &LimitsSection, shared: &LimitsSection, instances: usize) -> Limits {
     let size =
         |own: Option<Size>, shared: Option<Size>, default| own.or(shared).map_or(default, |size| size.0);
     let time =
         |own: Option<Time>, shared: Option<Time>, default| own.or(shared).map_or(default, |time| time.0);
     let optional = |own: Option<Time>, shared: Option<Time>| own.or(shared).map(|time| time.0);
+    let memory = size(own.memory, shared.memory, DEFAULT_LIMITS.memory);
     Limits {
-        memory: size(own.memory, shared.memory, DEFAULT_LIMITS.memory),
-        total_memory: own.total_memory.or(shared.total_memory).map(|size| size.0),
+        memory,
+        total_memory: Some(
+            own.total_memory
+                .or(shared.total_memory)
+                .map_or_else(|| default_total_memory(memory, instances), |size| size.0),
+        ),
         timeout: time(own.timeout, shared.timeout, DEFAULT_LIMITS.timeout),
         cpu: optional(own.cpu, shared.cpu),
         cpu_per_minute: optional(own.cpu_per_minute, shared.cpu_per_minute),

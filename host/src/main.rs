@@ -46,6 +46,7 @@ mod sandbox;
 mod scheduler;
 mod serve;
 mod stall;
+mod state;
 mod static_files;
 mod tenants;
 mod tls;

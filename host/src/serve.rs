@@ -23,8 +23,10 @@ use crate::error::UserError;
 use crate::forwarded::Proxies;
 use crate::front::Front;
 use crate::listener::{self, Address, Inherited, Listener};
+use crate::pool::Pools;
 use crate::sandbox::{self, Paths};
 use crate::scheduler::processors;
+use crate::state::StateFile;
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
 use crate::tls::{Tls, TlsFiles};
@@ -37,6 +39,8 @@ const DEFAULT_ADDRESS: &str = "127.0.0.1:8000";
 const MAX_HEAD: usize = 1 << 20;
 /// And none for targets goes beyond what a `Uri` can hold.
 const MAX_TARGET: usize = u16::MAX as usize - 1;
+/// Instances in reserve at most: each takes some GiB of addresses.
+const MAX_RESERVE: u32 = 8192;
 
 /// Runs the server until a signal ends it.
 ///
@@ -53,12 +57,14 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let mounts = http.static_files.iter().map(|text| Mount::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let access_log = AccessLog::open(http.access_log, http.access_log_file.as_deref())?.map(Arc::new);
     let plan = Plan::new(args, &cache)?;
+    let state = StateFile::open(plan.state.clone(), plan.control.is_some())?;
     let mut addresses = plan.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
     if addresses.is_empty() && inherited.is_empty() {
         addresses.push(Address::parse(DEFAULT_ADDRESS)?);
     }
     let connections = connections_that_fit(http.max_connections);
-    let engine = engine::runner(plan.instances)
+    let reserve = plan.reserve;
+    let engine = engine::runner(plan.instances.saturating_add(reserve))
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
     // Before the first thread: not all of it reaches those that run already.
@@ -71,9 +77,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .build()
         .context("failed to start the runtime")?;
     let (idle, rate) = (http.client_timeout.0, http.min_rate.0);
-    let shared = Arc::new(Shared::new(engine, cache, args.grants.code, idle, rate));
+    let pools = Pools::new(plan.instances, reserve);
+    let shared = Arc::new(Shared::new(engine, pools, cache, args.grants.code, idle, rate));
     let served = runtime.block_on(async {
-        let tenants = Tenants::start(shared, plan.source, plan.state).await?;
+        let tenants = Tenants::start(shared, plan.source, state).await?;
         let server = Server {
             limits: connection_limits(http),
             tls,
@@ -171,9 +178,11 @@ struct Plan {
     state: Option<PathBuf>,
     /// Instances that there is room for.
     instances: u32,
+    /// Further ones, for tenants that have none.
+    reserve: u32,
     source: Source,
-    /// Files whose change means that the source has to be read again.
-    watched: Vec<PathBuf>,
+    /// What the source reads, and whose change means that it has to be read again.
+    watched: Option<PathBuf>,
 }
 
 impl Plan {
@@ -181,26 +190,32 @@ impl Plan {
         let bind = |configured: Vec<String>| {
             if args.bind.is_empty() { configured } else { args.bind.clone() }
         };
+        let (control, state) = (args.control.clone(), args.state.clone());
+        // Some for tenants that come later, and for versions that take over.
+        let reserve =
+            |tenants: usize| u32::try_from(tenants).unwrap_or(u32::MAX).saturating_add(64).min(MAX_RESERVE);
         if let Some(path) = args.config.clone() {
             let config = config::load(&path)?;
-            let state = config.state.unwrap_or_else(|| path.with_extension("state.json"));
+            let beside = || path.with_extension("state.json");
             return Ok(Plan {
                 bind: bind(config.bind),
-                control: config.control,
-                state: Some(state),
+                control: control.or(config.control),
+                state: Some(state.or(config.state).unwrap_or_else(beside)),
                 instances: config.instances,
-                watched: vec![path.clone()],
+                reserve: reserve(config.tenants.len()),
+                watched: Some(path.clone()),
                 source: Box::new(move || Ok(config::load(&path)?.tenants)),
             });
         }
         if let Some(directory) = args.tenants.clone() {
-            config::load_directory(&directory)?;
+            let tenants = config::load_directory(&directory)?;
             return Ok(Plan {
                 bind: bind(Vec::new()),
-                control: None,
-                state: None,
+                control,
+                state: Some(state.unwrap_or_else(|| directory.join("wsgi-wasm.state.json"))),
                 instances: config::DEFAULT_TOTAL_INSTANCES,
-                watched: vec![directory.clone()],
+                reserve: reserve(tenants.len()),
+                watched: Some(directory.clone()),
                 source: Box::new(move || config::load_directory(&directory)),
             });
         }
@@ -220,17 +235,22 @@ impl Plan {
                 log_lines: args.log_lines,
                 queue: args.queue as usize,
                 queue_wait: args.queue_wait.0,
+                total_memory: Some(args.total_memory.map_or_else(
+                    || config::default_total_memory(tenant.limits.memory, args.instances.into()),
+                    |size| size.0,
+                )),
                 ..tenant.limits
             },
             ..tenant
         };
         Ok(Plan {
             bind: bind(Vec::new()),
-            control: None,
-            state: None,
+            control,
+            state,
             // As many again may stand prepared: see `Pool::prepare`.
             instances: u32::from(args.instances) * 2,
-            watched: Vec::new(),
+            reserve: 0,
+            watched: None,
             source: Box::new(move || Ok(vec![tenant.clone()])),
         })
     }
@@ -259,11 +279,11 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
     let http = &args.http;
     let certificates = http.tls_cert.iter().chain(&http.tls_key).chain(&http.tls_client_ca);
     read.extend(certificates.map(|path| parent(path)));
-    if !plan.watched.is_empty() {
+    if let Some(path) = &plan.watched {
         // Tenants come while the server runs: their apps from anywhere, their
         // data directories below the one with the configuration.
         read.push("/".into());
-        write.extend(plan.watched.iter().map(|path| if path.is_dir() { path.clone() } else { parent(path) }));
+        write.push(if path.is_dir() { path.clone() } else { parent(path) });
     }
     Ok(Paths { read, write })
 }
@@ -271,7 +291,7 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
 /// What the server does besides answering.
 struct Work {
     control: Option<PathBuf>,
-    watched: Vec<PathBuf>,
+    watched: Option<PathBuf>,
     /// Time to finish what is running at the end.
     grace: Duration,
 }
@@ -291,7 +311,11 @@ async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>,
     if let Some(path) = &work.control {
         control::start(Arc::clone(&server.front.tenants), path)?;
     }
-    tokio::spawn(Arc::clone(&server.front.tenants).look_after(work.watched));
+    tokio::spawn(Arc::clone(&server.front.tenants).look_after());
+    if let Some(path) = work.watched {
+        let look = Box::new(move || config::stamps(&path));
+        tokio::spawn(Arc::clone(&server.front.tenants).watch(look));
+    }
     for listener in &listeners {
         announce(&format!("listening on {}", listener.url()));
     }
@@ -310,7 +334,11 @@ async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>,
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
-            _ = reload.recv() => server.front.tenants.reload_or_log().await,
+            // Not awaited: it may compile for longer than a signal to stop can wait.
+            _ = reload.recv() => {
+                let tenants = Arc::clone(&server.front.tenants);
+                tokio::spawn(async move { tenants.reload_or_log().await });
+            }
         }
     }
     tracing::info!("stopping: finishing what is running");

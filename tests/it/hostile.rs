@@ -700,15 +700,28 @@ fn instances_that_rest_make_room_for_others() {
     }
     // Their owner keeps them for a while, unless somebody needs the room.
     assert_eq!(arena.get("victim", "/hello").ok(), "Hello, world!\n");
-    // All are at work: that is nobody's crash.
+    // All are at work. Each tenant can have one more: requests wait for that
+    // one in turn, and not for the attacker's.
     let mut busy: Vec<_> = (0..4).map(|_| arena.server.connect()).collect();
     for connection in &mut busy {
         send(connection, "hostile", "GET", "/endless?1000", b"");
         assert_eq!(connection.read_head().status, 200);
     }
     for _ in 0..10 {
-        arena.assert_refused("full", &arena.get("victim", "/hello"), 503, "busy");
+        assert_eq!(arena.get("victim", "/hello").ok(), "Hello, world!\n");
     }
+    for response in arena.storm("victim", "/served", 8) {
+        response.ok();
+    }
+    let status = arena.status("victim");
+    assert_eq!((&status["in_work"], &status["resting"]), (&0.into(), &1.into()));
+    assert_eq!(arena.status("hostile")["in_work"], 4);
+    // One that has its own has no other: that is nobody's crash.
+    let mut last = arena.server.connect();
+    send(&mut last, "victim", "GET", "/sleep?7", b"");
+    while arena.status("victim")["in_work"] != 1 {}
+    arena.assert_refused("full", &arena.get("victim", "/hello"), 503, "busy");
+    last.read_response("GET").ok();
     assert_eq!(arena.status("victim")["state"], "serving");
     drop(busy);
     arena.ctl(&["drain", "hostile"]).success();
