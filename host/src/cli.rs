@@ -323,8 +323,8 @@ pub struct ExecArgs {
 /// Options of `check`.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// The configuration file
-    #[arg(value_name = "FILE")]
+    /// The configuration file, or a directory with apps and their settings
+    #[arg(value_name = "FILE | DIR")]
     pub file: Option<PathBuf>,
     /// Print the JSON schema of configuration files
     #[arg(long)]

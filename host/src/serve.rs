@@ -166,8 +166,7 @@ pub fn check(args: &CheckArgs) -> Result<()> {
             .remedy("name a file, or give `--schema`")
             .into());
     };
-    let config = config::load(file)?;
-    println!("{} is fine: {} tenants", file.display(), config.tenants.len());
+    println!("{} is fine: {} tenants", file.display(), config::check(file)?);
     Ok(())
 }
 

@@ -720,6 +720,23 @@ fn a_wrong_configuration_is_refused_with_every_mistake() {
     run(wsgi_wasm().args(["serve", "--tenants", "/no/such"])).refused(&["/no/such", "help:"]);
     run(wsgi_wasm().args(["ctl", "--control", "unix:/no/such", "list"])).refused(&["/no/such", "help:"]);
 
+    // `check` looks into the apps.
+    let script = directory.path().join("app.py");
+    fs::write(&script, "app = None\n").unwrap();
+    fs::write(&file, "[[tenant]]\nname = \"a\"\napp = \"app.py\"\n").unwrap();
+    run(wsgi_wasm().arg("check").arg(&file))
+        .refused(&["toml:3: tenant `a`", "app.py` is not a WebAssembly component"]);
+    // Of a directory, the mistakes in all files.
+    let tenants = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        fs::write(tenants.path().join(format!("{name}.wasm")), "").unwrap();
+        fs::write(tenants.path().join(format!("{name}.toml")), "\nweight = 0\nhost = \"x\"\n").unwrap();
+    }
+    let expected = ["a.toml:2: ", "a.toml:3: unknown name `host`", "b.toml:2: ", "b.toml:3: ", "4 mistakes"];
+    run(wsgi_wasm().args(["serve", "--tenants"]).arg(tenants.path())).refused(&expected);
+    run(wsgi_wasm().arg("check").arg(tenants.path()))
+        .refused(&["a.toml:2: ", "b.wasm` is not a WebAssembly component"]);
+
     let app = guest("behaviours");
     fs::write(&file, format!("[[tenant]]\nname = \"a\"\napp = \"{}\"\n", app.display())).unwrap();
     let checked = run(wsgi_wasm().arg("check").arg(&file)).success();
