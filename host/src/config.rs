@@ -55,6 +55,8 @@ pub struct ServerSection {
     pub state: Option<PathBuf>,
     /// Instances that all tenants together can have.
     pub instances: Option<u32>,
+    /// Memory of all tenants together.
+    pub memory: Option<Size>,
 }
 
 /// What holds for every tenant that does not say otherwise.
@@ -209,6 +211,8 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Instances of all tenants together.
     pub instances: u32,
+    /// Memory of all tenants together in bytes, if it is said.
+    pub memory: Option<u64>,
     /// The tenants.
     pub tenants: Vec<TenantConfig>,
 }
@@ -515,6 +519,10 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
         let span = problems.span(&["server", "instances"]);
         problems.add(span.as_ref(), "there has to be room for at least one instance");
     }
+    if server.memory == Some(Size(0)) {
+        let span = problems.span(&["server", "memory"]);
+        problems.add(span.as_ref(), "there has to be memory for at least one instance");
+    }
     let mut tenants = Vec::new();
     let mut sources = Vec::new();
     for (index, section) in file.tenant.iter().enumerate() {
@@ -532,6 +540,7 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
         control,
         state: file.server.state.map(|state| directory.join(state)),
         instances: file.server.instances.unwrap_or(DEFAULT_TOTAL_INSTANCES).max(1),
+        memory: file.server.memory.map(|size| size.0),
         tenants,
     }
 }

@@ -26,9 +26,10 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
-    let shared = Shared::new(engine, Pools::new(1, 0), cache, args.grants.code, Duration::MAX, 0);
-    let app::Loaded { program, grants, .. } =
-        app::load_artifact(&shared, &config, &Books::new(&config, None))?;
+    let pools = Pools::new(1, 0, u64::MAX);
+    let books = Books::new(&config, pools.memory(), None);
+    let shared = Shared::new(engine, pools, cache, args.grants.code, Duration::MAX, 0);
+    let app::Loaded { program, grants, .. } = app::load_artifact(&shared, &config, &books)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

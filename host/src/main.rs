@@ -38,6 +38,7 @@ mod inspect;
 mod instance;
 mod key_derivation;
 mod listener;
+mod machine;
 mod network;
 mod pool;
 mod proxy_protocol;

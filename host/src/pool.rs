@@ -14,6 +14,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use wasmtime::PoolConcurrencyLimitError;
 
 use crate::failure::Failure;
+use crate::footprint::Together;
 use crate::instance::{self, Grants, Instance, Program, Streams, TenantFull};
 
 /// How far instances are shared.
@@ -56,19 +57,29 @@ pub struct Pools {
     reserve: Arc<Semaphore>,
     /// Requests that wait for room.
     wanted: AtomicUsize,
+    memory: Arc<Together>,
 }
 
 impl Pools {
-    /// Pools that have `room` for instances together, and as much more in
-    /// `reserve`.
-    pub fn new(room: u32, reserve: u32) -> Arc<Pools> {
+    /// Pools that have `room` for instances together, and some more in
+    /// `reserve`, and `memory` in bytes.
+    pub fn new(room: u32, reserve: u32, memory: u64) -> Arc<Pools> {
         let semaphore = |permits: u32| Arc::new(Semaphore::new(permits as usize));
-        Arc::new(Pools {
+        let pools = Arc::new(Pools {
             all: Mutex::default(),
             room: semaphore(room),
             reserve: semaphore(reserve),
             wanted: AtomicUsize::new(0),
-        })
+            memory: Together::new(memory),
+        });
+        let relief = Arc::downgrade(&pools);
+        pools.memory.relieve_by(move || relief.upgrade().is_some_and(|pools| pools.make_room()));
+        pools
+    }
+
+    /// The memory that all have together.
+    pub fn memory(&self) -> &Arc<Together> {
+        &self.memory
     }
 
     fn add(&self, pool: &Arc<Pool>) {
@@ -112,12 +123,13 @@ impl Pools {
 #[derive(Default)]
 struct Occupancy {
     instances: AtomicUsize,
-    /// Told when one is gone or at rest.
+    /// Told when one has done its work and is gone or at rest.
     freed: Notify,
 }
 
 /// The room that an instance takes, until dropped.
 struct Room {
+    /// Gone after the count is lower, so that whoever finds none here finds the reserve.
     permit: Option<OwnedSemaphorePermit>,
     occupancy: Arc<Occupancy>,
 }
@@ -133,7 +145,6 @@ impl Drop for Room {
     fn drop(&mut self) {
         self.occupancy.instances.fetch_sub(1, Ordering::Relaxed);
         drop(self.permit.take());
-        self.occupancy.freed.notify_one();
     }
 }
 
@@ -146,7 +157,7 @@ struct Live {
     _room: Room,
 }
 
-/// There is no room for an instance: all are at work.
+/// There is no room for an instance, or no memory: all are at work.
 #[derive(Debug)]
 struct ServerFull;
 
@@ -281,6 +292,8 @@ impl Pool {
     async fn wait_for_room(&self, end: tokio::time::Instant) -> wasmtime::Result<Live> {
         let Ok(_waiting) = self.queue() else { return Err(ServerFull.into()) };
         let _wanted = Waiting::new(&self.pools.wanted);
+        // Then it is of no use that there is room for another.
+        let mut is_short_of_memory = false;
         loop {
             let mut freed = pin!(self.occupancy.freed.notified());
             freed.as_mut().enable();
@@ -292,11 +305,19 @@ impl Pool {
                 Err(error) if is_full(&error) => {}
                 started => return started,
             }
+            if is_short_of_memory && self.occupancy.instances.load(Ordering::Relaxed) == 0 {
+                // Nothing here will ever be freed.
+                return Err(ServerFull.into());
+            }
             tokio::select! {
                 () = freed => {}
-                permit = Arc::clone(&self.pools.room).acquire_owned() => {
+                permit = Arc::clone(&self.pools.room).acquire_owned(), if !is_short_of_memory => {
                     // The semaphore is never closed.
-                    return self.start_in(Room::new(permit.map_err(|_| ServerFull)?, &self.occupancy)).await;
+                    let room = Room::new(permit.map_err(|_| ServerFull)?, &self.occupancy);
+                    match self.start_in(room).await {
+                        Err(error) if is_full(&error) => is_short_of_memory = true,
+                        started => return started,
+                    }
                 }
                 () = tokio::time::sleep_until(end) => return Err(ServerFull.into()),
             }
@@ -365,7 +386,13 @@ impl Pool {
     }
 
     async fn start_in(&self, room: Room) -> wasmtime::Result<Live> {
-        let instance = Instance::new(&self.program, &self.grants, Streams::Log).await?;
+        let instance = match Instance::new(&self.program, &self.grants, Streams::Log).await {
+            // It has not had its own fill: the others have.
+            Err(error) if error.is::<TenantFull>() && self.grants.footprint.is_short_together() => {
+                return Err(ServerFull.into());
+            }
+            instance => instance?,
+        };
         // Instances that were started together should not end together.
         let max = self.settings.max_requests;
         let spread = RandomState::new().build_hasher().finish() % (max / 10 + 1);
@@ -448,6 +475,7 @@ impl Pool {
     fn discard(&self, live: Live) {
         let start = Instant::now();
         drop(live);
+        self.occupancy.freed.notify_one();
         self.grants.share.charge(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
     }
 

@@ -23,6 +23,7 @@ use crate::error::UserError;
 use crate::forwarded::Proxies;
 use crate::front::Front;
 use crate::listener::{self, Address, Inherited, Listener};
+use crate::machine;
 use crate::pool::Pools;
 use crate::sandbox::{self, Paths};
 use crate::scheduler::processors;
@@ -77,7 +78,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .build()
         .context("failed to start the runtime")?;
     let (idle, rate) = (http.client_timeout.0, http.min_rate.0);
-    let pools = Pools::new(plan.instances, reserve);
+    let pools = Pools::new(plan.instances, reserve, plan.memory);
     let shared = Arc::new(Shared::new(engine, pools, cache, args.grants.code, idle, rate));
     let served = runtime.block_on(async {
         let tenants = Tenants::start(shared, plan.source, state).await?;
@@ -179,6 +180,8 @@ struct Plan {
     instances: u32,
     /// Further ones, for tenants that have none.
     reserve: u32,
+    /// Memory of all tenants together.
+    memory: u64,
     source: Source,
     /// What the source reads, and whose change means that it has to be read again.
     watched: Option<PathBuf>,
@@ -195,13 +198,18 @@ impl Plan {
             |tenants: usize| u32::try_from(tenants).unwrap_or(u32::MAX).saturating_add(64).min(MAX_RESERVE);
         if let Some(path) = args.config.clone() {
             let config = config::load(&path)?;
-            let beside = || path.with_extension("state.json");
+            // In a directory of its own: the server may write there.
+            let beside = || {
+                let name = path.with_extension("json");
+                path.with_file_name("state").join(name.file_name().unwrap_or_default())
+            };
             return Ok(Plan {
                 bind: bind(config.bind),
                 control: control.or(config.control),
                 state: Some(state.or(config.state).unwrap_or_else(beside)),
                 instances: config.instances,
                 reserve: reserve(config.tenants.len()),
+                memory: config.memory.unwrap_or_else(machine::memory_for_tenants),
                 watched: Some(path.clone()),
                 source: Box::new(move || Ok(config::load(&path)?.tenants)),
             });
@@ -211,9 +219,10 @@ impl Plan {
             return Ok(Plan {
                 bind: bind(Vec::new()),
                 control,
-                state: Some(state.unwrap_or_else(|| directory.join("wsgi-wasm.state.json"))),
+                state: Some(state.unwrap_or_else(|| directory.join("state/wsgi-wasm.json"))),
                 instances: config::DEFAULT_TOTAL_INSTANCES,
                 reserve: reserve(tenants.len()),
+                memory: machine::memory_for_tenants(),
                 watched: Some(directory.clone()),
                 source: Box::new(move || config::load_directory(&directory)),
             });
@@ -249,6 +258,8 @@ impl Plan {
             // As many again may stand prepared: see `Pool::prepare`.
             instances: u32::from(args.instances) * 2,
             reserve: 0,
+            // The app's own limit is what the user may have said otherwise.
+            memory: u64::MAX,
             watched: None,
             source: Box::new(move || Ok(vec![tenant.clone()])),
         })
@@ -274,7 +285,15 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
         Address::Tcp(..) => None,
     }));
     write.extend(plan.control.as_deref().map(parent));
-    write.extend(plan.state.as_deref().map(parent));
+    if let Some(state) = &plan.state {
+        let directory = parent(state);
+        if plan.control.is_some()
+            && let Err(error) = std::fs::create_dir_all(&directory)
+        {
+            tracing::warn!("failed to create `{}` for the state: {error}", directory.display());
+        }
+        write.push(directory);
+    }
     let http = &args.http;
     let certificates = http.tls_cert.iter().chain(&http.tls_key).chain(&http.tls_client_ca);
     read.extend(certificates.map(|path| parent(path)));

@@ -105,6 +105,8 @@ impl StateFile {
         }
         if let Some(path) = &self.path {
             let directory = directory_of(path);
+            fs::create_dir_all(directory)
+                .with_context(|| format!("failed to make `{}`", directory.display()))?;
             let mut file = tempfile::NamedTempFile::new_in(directory)
                 .with_context(|| format!("failed to write in `{}`", directory.display()))?;
             file.write_all(&serde_json::to_vec_pretty(&state)?)?;
@@ -196,8 +198,9 @@ mod tests {
             let error = open().unwrap_err();
             assert!(error.is::<UserError>() && error.to_string().contains("x.state.json"), "{error}");
         }
-        // Nothing is written over what another has put there in vain.
-        let state = StateFile::open(Some(directory.path().join("none/x.json")), false).unwrap();
+        // What can not be written does not hold either.
+        let below_file = directory.path().join("x.state.json/x.json");
+        let state = StateFile { path: Some(below_file), ..StateFile::default() };
         assert!(state.change(|state| state.suspended.push("a".into())).is_err());
         assert_eq!(state.get(), State::default());
     }

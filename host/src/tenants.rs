@@ -25,7 +25,7 @@ use crate::code::{Loader, Sharing};
 use crate::config::{HostPattern, TenantConfig};
 use crate::environ::path_info;
 use crate::failure::Failure;
-use crate::footprint::Footprint;
+use crate::footprint::{Footprint, Together};
 use crate::guest_log::LineBudget;
 use crate::handler::{self, App, RequestLimits};
 use crate::instance::TenantFull;
@@ -125,7 +125,7 @@ pub struct Books {
 impl Books {
     /// Books for `config`: those of the version `before` as far as it had the
     /// same limits.
-    pub fn new(config: &TenantConfig, before: Option<(&TenantConfig, &Books)>) -> Books {
+    pub fn new(config: &TenantConfig, all: &Arc<Together>, before: Option<(&TenantConfig, &Books)>) -> Books {
         let kept = |same: fn(&TenantConfig, &TenantConfig) -> bool| {
             before.filter(|(before, _)| same(before, config)).map(|(_, books)| books.clone())
         };
@@ -142,7 +142,7 @@ impl Books {
             share,
             derivations,
             footprint: kept(|a, b| a.limits.total_memory == b.limits.total_memory)
-                .map_or_else(|| Footprint::new(limits.total_memory), |books| books.footprint),
+                .map_or_else(|| Footprint::within(limits.total_memory, all), |books| books.footprint),
             network: kept(|a, b| a.network == b.network && a.traffic == b.traffic).map_or_else(
                 || Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),
                 |books| books.network,
@@ -714,7 +714,8 @@ impl Tenants {
         let name = config.name.clone();
         let before = lock(&self.all).get(&name).cloned();
         let is_expected = is_expected || before.is_some();
-        let books = Books::new(&config, before.as_ref().map(|before| (&before.config, &before.books)));
+        let known = before.as_ref().map(|before| (&before.config, &before.books));
+        let books = Books::new(&config, self.shared.pools.memory(), known);
         let attempt = config.clone();
         let loading = Arc::clone(&record);
         // Loading reads and compiles; that must not hold up requests.

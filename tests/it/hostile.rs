@@ -727,3 +727,38 @@ fn instances_that_rest_make_room_for_others() {
     arena.ctl(&["drain", "hostile"]).success();
     arena.finish();
 }
+
+#[test]
+fn all_tenants_together_hold_no_more_memory_than_the_server_has() {
+    let attackers = [("hostile", "limits = { total_memory = \"10GiB\" }\ninstances = { max = 64 }"), PUPPET];
+    let arena = Arena::start_with("memory = \"320MiB\"", &attackers);
+    let held = |name: &str| arena.status(name)["memory"].as_u64().unwrap();
+    // Instances that rest make room: each of these has another's in the way.
+    for response in arena.storm("hostile", "/short-spin?200", 40) {
+        assert!(matches!(response.status, 200 | 503), "{}", response.text());
+        assert!(held("hostile") <= 320 * MIB);
+    }
+    let mut busy = Vec::new();
+    let grow = Script::new().grow_memory(600).answer(OK);
+    for _ in 0..4 {
+        assert_eq!(arena.post("puppet", &grow).ok(), "fine");
+        assert_eq!(arena.get("victim", "/hello").ok(), "Hello, world!\n");
+    }
+    // All are at work: who holds little still gets an instance.
+    for _ in 0..40 {
+        let mut connection = arena.server.connect();
+        send(&mut connection, "hostile", "GET", "/endless?1000", b"");
+        busy.push(connection);
+    }
+    let statuses: Vec<u16> = busy.iter_mut().map(|connection| connection.read_head().status).collect();
+    assert!(statuses.contains(&200) && statuses.contains(&503), "{statuses:?}");
+    assert!(held("hostile") <= 280 * MIB, "{}", held("hostile"));
+    for _ in 0..5 {
+        assert_eq!(arena.get("victim", "/hello").ok(), "Hello, world!\n");
+    }
+    arena.server.wait_for_log(&["no room for an instance"]);
+    assert_eq!(arena.status("hostile")["state"], "serving");
+    drop(busy);
+    arena.ctl(&["drain", "hostile"]).success();
+    arena.finish();
+}

@@ -380,7 +380,7 @@ fn what_was_rolled_back_from_stays_away_until_it_changes() {
         platform.ctl(&["rollback", "app"]).success();
         assert_eq!(hello(&platform), status);
     }
-    let copies = || fs::read_dir(platform.directory.path().join("wsgi-wasm.state.apps")).unwrap().count();
+    let copies = || fs::read_dir(platform.directory.path().join("state/wsgi-wasm.apps")).unwrap().count();
     platform.ctl(&["reload"]).success();
     assert_eq!(copies(), 2, "copies of what is not needed any more");
     platform.server.finish();
@@ -450,7 +450,7 @@ fn a_drain_that_waits_holds_no_one_up_after_resume() {
 #[test]
 fn a_state_file_that_is_broken_is_not_an_empty_one() {
     let platform = Platform::start(TWO);
-    let state = platform.directory.path().join("wsgi-wasm.state.json");
+    let state = platform.directory.path().join("state/wsgi-wasm.json");
     platform.ctl(&["suspend", "two"]).success();
     // What is known goes on, and is written again.
     fs::write(&state, "{").unwrap();
@@ -462,7 +462,7 @@ fn a_state_file_that_is_broken_is_not_an_empty_one() {
     platform.server.finish();
     fs::write(&state, "{\"suspended\": [").unwrap();
     run(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(path_in(&platform.directory)))
-        .refused(&["state.json", "help:"]);
+        .refused(&["state/wsgi-wasm.json", "help:"]);
 }
 
 #[test]
@@ -540,7 +540,7 @@ fn secrets_reach_the_app_and_nothing_else() {
     assert!(environ_of(&platform, "one.example", "").get("KEY").is_none());
     platform.ctl(&["suspend", "two"]).success();
     let listed = platform.ctl(&["list", "--json"]).success().stdout;
-    let state = fs::read_to_string(platform.directory.path().join("wsgi-wasm.state.json")).unwrap();
+    let state = fs::read_to_string(platform.directory.path().join("state/wsgi-wasm.json")).unwrap();
     // Written in the wrong place, one is not shown either.
     for wrong in [
         "secrets = { KEY = \"hunter2\" }",
