@@ -414,7 +414,7 @@ fn load_config(path: &Path, opens_apps: bool) -> Result<Config> {
     let directory = path.parent().unwrap_or(Path::new("."));
     let mut problems = Problems::new(path, &text, opens_apps);
     let config = parse(&text, directory, &mut problems);
-    refuse(problems.lines())?;
+    refuse(&problems.lines())?;
     Ok(config)
 }
 
@@ -470,7 +470,7 @@ fn load_tenants(directory: &Path, opens_apps: bool) -> Result<Vec<TenantConfig>>
         let file = files.get(index).map_or(directory, PathBuf::as_path);
         mistakes.push(format!("{}: {problem}; give each a host or a path of its own", file.display()));
     }
-    refuse(mistakes)?;
+    refuse(&mistakes)?;
     Ok(tenants)
 }
 
@@ -959,7 +959,7 @@ impl<'a> Problems<'a> {
 }
 
 /// Refuses a configuration with these mistakes, if there are any.
-fn refuse(mistakes: Vec<String>) -> Result<(), UserError> {
+fn refuse(mistakes: &[String]) -> Result<(), UserError> {
     let what = match mistakes.len() {
         0 => return Ok(()),
         1 => "one mistake".to_owned(),
@@ -1032,6 +1032,9 @@ mod tests {
         assert_eq!(acme.environment.0["KEY"], "hidden");
         assert!(!format!("{acme:?}").contains("hidden"), "a secret is shown");
         assert_eq!((other.limits.memory, other.instances.max), (64 << 20, 4));
+        assert_eq!(other.limits.total_memory, Some(1 << 30));
+        assert_eq!(default_total_memory(256 << 20, 64), 8 << 30, "half of what they may have");
+        assert_eq!(default_total_memory(4 << 30, 1), 5 << 30, "one may have all of its own");
     }
 
     #[test]

@@ -268,6 +268,31 @@ fn a_tenants_memory_is_one_number_and_bounded() {
 }
 
 #[test]
+fn one_app_too_has_a_bound_of_memory_and_a_control_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let control = format!("unix:{}", directory.path().join("control.sock").display());
+    let options = ["--instances", "4", "--memory", "64MiB", "--total-memory", "38MiB", "--control", &control];
+    let platform = Platform { server: Server::start("behaviours", &options), directory };
+    let mut busy = [platform.server.connect(), platform.server.connect()];
+    for connection in &mut busy {
+        connection.send("GET /sleep?2 HTTP/1.1\r\nHost: x\r\n\r\n");
+    }
+    wait_until(|| platform.status("behaviours")["in_work"] == 2);
+    assert_eq!(platform.get("x", "/hello").status, 503);
+    platform.server.wait_for_log(&["holds as much memory as it may"]);
+    for mut connection in busy {
+        connection.read_response("GET").ok();
+    }
+    platform.ctl(&["suspend", "behaviours"]).success();
+    assert_eq!(platform.get("x", "/hello").status, 503);
+    platform.ctl(&["resume", "behaviours"]).success();
+    assert_eq!(platform.get("x", "/hello").status, 200);
+    platform.server.finish();
+    run(wsgi_wasm().args(["serve", "app.wasm", "--control", "control.sock"]))
+        .refused(&["has to be `unix:PATH`"]);
+}
+
+#[test]
 fn a_tenant_is_drained() {
     let platform = Platform::start(TWO);
     let mut running = platform.server.connect();
