@@ -9,7 +9,7 @@ use anyhow::Result;
 
 use crate::artifact::{Artifact, Layer};
 use crate::build::{self, BuildOptions, Progress};
-use crate::cache::Cache;
+use crate::cache::{Cache, Key};
 use crate::cli::{GrantArgs, SourceArgs};
 use crate::config::{
     DEFAULT_INSTANCES, DEFAULT_LIMITS, DEFAULT_TEMPORARY, Environment, Limits, TenantConfig,
@@ -18,15 +18,10 @@ use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::image::Image;
 use crate::files::{FileGrants, Files, memory};
-use crate::footprint::Footprint;
-use crate::guest_log::LineBudget;
 use crate::instance::{self, Grants, Program};
-use crate::key_derivation::Derivations;
-use crate::network::NetworkGrants;
 use crate::pool::Isolation;
-use crate::scheduler::Share;
 use crate::static_files::Mount;
-use crate::tenants::Shared;
+use crate::tenants::{Books, Shared};
 use crate::units::Size;
 
 /// Directories of static files that an app can bring. Each request of it is
@@ -41,6 +36,8 @@ pub struct Loaded {
     pub grants: Grants,
     /// The directories whose files are served without it.
     pub mounts: Vec<Mount>,
+    /// Digest of its code and files.
+    pub digest: String,
 }
 
 /// Loads the built app of a tenant.
@@ -48,12 +45,7 @@ pub struct Loaded {
 /// # Errors
 ///
 /// A [`UserError`] if it is not one of ours.
-pub fn load_artifact(
-    shared: &Shared,
-    config: &TenantConfig,
-    share: Arc<Share>,
-    footprint: Arc<Footprint>,
-) -> Result<Loaded> {
+pub fn load_artifact(shared: &Shared, config: &TenantConfig, books: &Books) -> Result<Loaded> {
     let artifact = Artifact::open(&config.app)?;
     let digests = artifact.digests(&shared.cache)?;
     let code = shared.loader.load(&artifact, &digests, shared.sharing, &|step| {
@@ -65,7 +57,7 @@ pub fn load_artifact(
     })?;
     let layers = artifact.unpack_layers(&shared.cache, &digests)?;
     let mounts = mounts(config, &artifact, &layers)?;
-    let mounts = mounts.into_iter().map(|mount| mount.of(&footprint)).collect();
+    let mounts = mounts.into_iter().map(|mount| mount.of(&books.footprint)).collect();
     let files = Files::new(layers, &config.files)?;
     let mut environment =
         artifact.manifest().map(|manifest| manifest.environment.clone()).unwrap_or_default();
@@ -75,18 +67,18 @@ pub fn load_artifact(
         memory: usize::try_from(config.limits.memory).unwrap_or(usize::MAX),
         environment: environment.into_iter().collect(),
         files,
-        derivations: Arc::new(Derivations::new(
-            Arc::clone(&share),
-            Arc::clone(&shared.scheduler),
-            Arc::clone(&footprint),
-        )),
-        share,
+        derivations: Arc::clone(&books.derivations),
+        share: Arc::clone(&books.share),
         scheduler: Arc::clone(&shared.scheduler),
-        footprint,
-        network: Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),
-        log: Arc::new(LineBudget::new(config.limits.log_lines)),
+        footprint: Arc::clone(&books.footprint),
+        network: Arc::clone(&books.network),
+        log: Arc::clone(&books.log),
     };
-    Ok(Loaded { program, grants, mounts })
+    let digest = Key::default()
+        .with(serde_json::to_vec(&digests)?)
+        .with(serde_json::to_vec(&artifact.manifest())?)
+        .finish();
+    Ok(Loaded { program, grants, mounts, digest })
 }
 
 /// The directories that the configuration names, and then those that the app brings.
@@ -137,7 +129,7 @@ pub fn only_tenant(
         path: String::new(),
         isolation: Isolation::default(),
         instances: DEFAULT_INSTANCES,
-        limits: Limits { memory: grants.memory.0, ..DEFAULT_LIMITS },
+        limits: Limits { memory: grants.memory.0, total_memory: None, ..DEFAULT_LIMITS },
         environment: Environment(grants.env.iter().cloned().collect()),
         secrets: Vec::new(),
         files: FileGrants {

@@ -110,6 +110,13 @@ pub struct ServeArgs {
     /// A directory in which each NAME.wasm is a tenant, with its settings in NAME.toml
     #[arg(long, value_name = "DIR", conflicts_with = "app")]
     pub tenants: Option<PathBuf>,
+    /// Where `wsgi-wasm ctl` reaches the server: unix:PATH
+    #[arg(long, value_name = "unix:PATH", value_parser = parse_control)]
+    pub control: Option<PathBuf>,
+    /// Where changes made by `ctl` are kept over a restart [default: beside the
+    /// configuration, or in the directory of --tenants]
+    #[arg(long, value_name = "FILE")]
+    pub state: Option<PathBuf>,
     /// Where to listen: ADDRESS:PORT, with port 0 for any free one, or unix:PATH (repeatable)
     /// [default: the sockets that systemd passes, else 127.0.0.1:8000]
     #[arg(short, long, value_name = "ADDRESS")]
@@ -125,6 +132,10 @@ pub struct ServeArgs {
     pub max_requests: u64,
     #[command(flatten)]
     pub grants: GrantArgs,
+    /// Memory of all instances together, with what the host holds for them [default: half of what
+    /// they may have one by one, but at least 1GiB]
+    #[arg(long, value_name = "SIZE")]
+    pub total_memory: Option<Size>,
     /// Time that the app may take until its response starts, and for each piece of it
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub timeout: Time,
@@ -312,8 +323,8 @@ pub struct ExecArgs {
 /// Options of `check`.
 #[derive(Debug, Args)]
 pub struct CheckArgs {
-    /// The configuration file
-    #[arg(value_name = "FILE")]
+    /// The configuration file, or a directory with apps and their settings
+    #[arg(value_name = "FILE | DIR")]
     pub file: Option<PathBuf>,
     /// Print the JSON schema of configuration files
     #[arg(long)]
@@ -417,6 +428,14 @@ pub struct InspectArgs {
     /// Print JSON
     #[arg(long)]
     pub json: bool,
+}
+
+/// Reads `unix:PATH`.
+pub fn parse_control(text: &str) -> Result<PathBuf, String> {
+    match text.strip_prefix("unix:") {
+        Some(path) if !path.is_empty() => Ok(path.into()),
+        _ => Err(format!("`{text}` has to be `unix:PATH`")),
+    }
 }
 
 /// Reads `KEY=VALUE`.

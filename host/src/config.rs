@@ -12,17 +12,22 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::Result;
+use http::uri::PathAndQuery;
 use schemars::JsonSchema;
 use serde::Deserialize;
 use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
+use crate::artifact::Artifact;
+use crate::cli::parse_control;
 use crate::environ::script_name;
 use crate::error::UserError;
 use crate::files::granted::Quota;
 use crate::files::{FileGrants, memory};
+use crate::listener::Address;
 use crate::network::Rule;
 use crate::pool::Isolation;
+use crate::state::{Stamp, stamp};
 use crate::static_files::Mount;
 use crate::units::{Size, Time};
 
@@ -52,6 +57,8 @@ pub struct ServerSection {
     pub instances: Option<u32>,
     /// Directories below which apps and data of tenants that come later may lie.
     pub roots: Vec<PathBuf>,
+    /// Memory of all tenants together.
+    pub memory: Option<Size>,
 }
 
 /// What holds for every tenant that does not say otherwise.
@@ -208,6 +215,8 @@ pub struct Config {
     pub instances: u32,
     /// Directories below which apps and data of later tenants may lie.
     pub roots: Vec<PathBuf>,
+    /// Memory of all tenants together in bytes, if it is said.
+    pub memory: Option<u64>,
     /// The tenants.
     pub tenants: Vec<TenantConfig>,
 }
@@ -304,7 +313,7 @@ pub struct Limits {
 /// The limits that hold where nothing is said.
 pub const DEFAULT_LIMITS: Limits = Limits {
     memory: 128 << 20,
-    total_memory: None,
+    total_memory: Some(1 << 30),
     timeout: Duration::from_secs(30),
     cpu: None,
     cpu_per_minute: None,
@@ -316,6 +325,16 @@ pub const DEFAULT_LIMITS: Limits = Limits {
     log_lines: 1000,
     response_time: Duration::from_secs(3600),
 };
+
+/// The memory of all instances together where nothing is said: half of what
+/// `instances` of `memory` may have one by one, for few ever have that much,
+/// but not less than the default.
+pub fn default_total_memory(memory: u64, instances: usize) -> u64 {
+    let together = memory.saturating_mul(instances as u64) / 2;
+    // One instance alone may have its limit, with what the host holds for it.
+    let alone = memory.saturating_add(memory / 4);
+    together.max(alone).max(DEFAULT_LIMITS.total_memory.unwrap_or(0))
+}
 
 /// The instances that a tenant has where nothing is said.
 pub const DEFAULT_INSTANCES: Instances =
@@ -377,14 +396,32 @@ impl HostPattern {
 ///
 /// A [`UserError`] that lists every mistake with its line.
 pub fn load(path: &Path) -> Result<Config> {
+    load_config(path, false)
+}
+
+/// Reads the configuration in `path`, or all in a directory of tenants, and
+/// looks into the apps too: what only keeps its own tenant from being served
+/// is a mistake here. Returns the number of tenants.
+///
+/// # Errors
+///
+/// As for [`load`] and [`load_directory`].
+pub fn check(path: &Path) -> Result<usize> {
+    if path.is_dir() {
+        return Ok(load_tenants(path, true)?.len());
+    }
+    Ok(load_config(path, true)?.tenants.len())
+}
+
+fn load_config(path: &Path, opens_apps: bool) -> Result<Config> {
     let text = fs::read_to_string(path).map_err(|error| {
         UserError::new(format!("can not read the configuration `{}`: {error}", path.display()))
             .remedy("name a TOML file with `--config`")
     })?;
     let directory = path.parent().unwrap_or(Path::new("."));
-    let mut problems = Problems::new(path, &text);
+    let mut problems = Problems::new(path, &text, opens_apps);
     let config = parse(&text, directory, &mut problems);
-    problems.finish()?;
+    refuse(&problems.lines())?;
     Ok(config)
 }
 
@@ -393,8 +430,12 @@ pub fn load(path: &Path) -> Result<Config> {
 ///
 /// # Errors
 ///
-/// A [`UserError`] that lists every mistake of the first file that has some.
+/// A [`UserError`] that lists every mistake with its file and line.
 pub fn load_directory(directory: &Path) -> Result<Vec<TenantConfig>> {
+    load_tenants(directory, false)
+}
+
+fn load_tenants(directory: &Path, opens_apps: bool) -> Result<Vec<TenantConfig>> {
     let names = || -> std::io::Result<Vec<PathBuf>> {
         let mut paths: Vec<_> = fs::read_dir(directory)?
             .map(|entry| entry.map(|entry| entry.path()))
@@ -407,32 +448,56 @@ pub fn load_directory(directory: &Path) -> Result<Vec<TenantConfig>> {
         UserError::new(format!("can not read the tenants' directory `{}`: {error}", directory.display()))
             .remedy("name a directory with built apps with `--tenants`")
     })?;
-    let mut tenants = Vec::new();
+    let (mut tenants, mut files, mut mistakes) = (Vec::new(), Vec::new(), Vec::new());
     for app in paths {
         let settings = app.with_extension("toml");
         let text = match fs::read_to_string(&settings) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => String::new(),
             Err(error) => {
-                return Err(UserError::new(format!("can not read `{}`: {error}", settings.display())).into());
+                mistakes.push(format!("{}: can not be read: {error}", settings.display()));
+                continue;
             }
         };
-        let mut problems = Problems::new(&settings, &text);
+        let mut problems = Problems::new(&settings, &text, opens_apps);
         let section: Option<TenantSection> = read(&text, &mut problems);
         if let Some(mut section) = section {
             let stem = app.file_stem().unwrap_or_default().to_string_lossy().into_owned();
             section.name.get_or_insert(stem);
             section.app.get_or_insert_with(|| app.clone());
             let defaults = DefaultsSection::default();
-            tenants.extend(resolve_tenant(&section, &defaults, directory, None, &mut problems));
+            if let Some(tenant) = resolve_tenant(&section, &defaults, directory, None, &mut problems) {
+                tenants.push(tenant);
+                files.push(settings.clone());
+            }
         }
-        problems.finish()?;
+        mistakes.extend(problems.lines());
     }
-    check_mounts(&tenants).map_err(|(_, problem)| {
-        UserError::new(format!("in the tenants' directory `{}`: {problem}", directory.display()))
-            .remedy("give each a host or a path of its own, in the `.toml` file beside the app")
-    })?;
+    for Conflict { index, problem, .. } in conflicts(&tenants) {
+        let file = files.get(index).map_or(directory, PathBuf::as_path);
+        mistakes.push(format!("{}: {problem}; give each a host or a path of its own", file.display()));
+    }
+    refuse(&mistakes)?;
     Ok(tenants)
+}
+
+/// What the tenants in `path`, a configuration or a directory, are read from,
+/// as it is now. Without the apps, which are looked at one by one.
+pub fn stamps(path: &Path) -> Vec<(PathBuf, Stamp)> {
+    let Ok(entries) = fs::read_dir(path) else { return vec![(path.to_path_buf(), stamp(path))] };
+    let mut found: Vec<_> = entries
+        .flatten()
+        .filter_map(|entry| {
+            let path = entry.path();
+            match path.extension()?.to_str()? {
+                "wasm" => Some((path, None)),
+                "toml" => Some((path.clone(), stamp(&path))),
+                _ => None,
+            }
+        })
+        .collect();
+    found.sort();
+    found
 }
 
 /// The JSON schema of a configuration file.
@@ -442,25 +507,40 @@ pub fn schema() -> serde_json::Value {
 
 fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
     let file: ConfigFile = read(text, problems).unwrap_or_default();
-    let spans = tenant_spans(text);
-    let control = file.server.control.as_deref().and_then(|control| match control.strip_prefix("unix:") {
-        Some(path) if !path.is_empty() => Some(directory.join(path)),
-        _ => {
-            problems.add(None, &format!("`control` is `{control}`, but has to be `unix:PATH`"));
+    let server = &file.server;
+    let control = server.control.as_deref().and_then(|control| match parse_control(control) {
+        Ok(path) => Some(directory.join(path)),
+        Err(problem) => {
+            let span = problems.span(&["server", "control"]);
+            problems.add(span.as_ref(), &format!("`control`: {problem}"));
             None
         }
     });
+    for (index, address) in server.bind.iter().enumerate() {
+        if let Err(problem) = Address::parse(address) {
+            let span = problems.span(&["server", "bind", &index.to_string()]);
+            problems.add(span.as_ref(), &problem.to_string());
+        }
+    }
+    if server.instances == Some(0) {
+        let span = problems.span(&["server", "instances"]);
+        problems.add(span.as_ref(), "there has to be room for at least one instance");
+    }
+    if server.memory == Some(Size(0)) {
+        let span = problems.span(&["server", "memory"]);
+        problems.add(span.as_ref(), "there has to be memory for at least one instance");
+    }
     let mut tenants = Vec::new();
     let mut sources = Vec::new();
     for (index, section) in file.tenant.iter().enumerate() {
-        let span = spans.get(index);
-        if let Some(tenant) = resolve_tenant(section, &file.defaults, directory, span, problems) {
+        if let Some(tenant) = resolve_tenant(section, &file.defaults, directory, Some(index), problems) {
             tenants.push(tenant);
             sources.push(index);
         }
     }
-    if let Err((index, problem)) = check_mounts(&tenants) {
-        problems.add(sources.get(index).and_then(|source| spans.get(*source)), &problem);
+    for Conflict { index, key, problem } in conflicts(&tenants) {
+        let span = sources.get(index).and_then(|source| problems.tenant_span(Some(*source), &[key]));
+        problems.add(span.as_ref(), &problem);
     }
     Config {
         bind: file.server.bind,
@@ -468,6 +548,7 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
         state: file.server.state.map(|state| directory.join(state)),
         instances: file.server.instances.unwrap_or(DEFAULT_TOTAL_INSTANCES).max(1),
         roots: file.server.roots.iter().map(|root| directory.join(root)).collect(),
+        memory: file.server.memory.map(|size| size.0),
         tenants,
     }
 }
@@ -485,7 +566,10 @@ fn read<T: for<'de> Deserialize<'de>>(text: &str, problems: &mut Problems<'_>) -
             Ok(value) => return Some(value),
             Err(error) => error,
         };
-        problems.add(error.span().as_ref(), &with_suggestion(error.message()));
+        let is_secret = error.span().is_some_and(|span| is_below_secrets(table.get_ref(), &span, false));
+        // serde shows what it found.
+        let message = if is_secret { SECRET_FORM.to_owned() } else { with_suggestion(error.message()) };
+        problems.add(error.span().as_ref(), &message);
         let removed = error.span().is_some_and(|span| remove_innermost(table.get_mut(), &span));
         if !removed {
             return None;
@@ -530,13 +614,44 @@ fn removed_within(value: &mut Spanned<DeValue<'_>>, span: &Range<usize>) -> bool
     }
 }
 
-/// Where each `[[tenant]]` stands.
-fn tenant_spans(text: &str) -> Vec<Range<usize>> {
-    let (table, _) = DeTable::parse_recoverable(text);
-    match table.get_ref().get("tenant").map(Spanned::get_ref) {
-        Some(DeValue::Array(tenants)) => tenants.iter().map(Spanned::span).collect(),
-        _ => Vec::new(),
+/// What is said of all mistakes in secrets: nothing that stands there is shown.
+const SECRET_FORM: &str =
+    "a secret is written as `NAME = { file = \"PATH\" }` or `NAME = { env = \"VARIABLE\" }`";
+
+/// Whether `span` lies in a table `secrets`, or `is_below` one already.
+fn is_below_secrets(table: &DeTable<'_>, span: &Range<usize>, is_below: bool) -> bool {
+    let covers = |outer: Range<usize>| outer.start <= span.start && span.end <= outer.end;
+    table.iter().any(|(key, value)| {
+        let is_below = is_below || key.get_ref() == "secrets";
+        (is_below && (covers(key.span()) || covers(value.span()))) || is_secret_value(value, span, is_below)
+    })
+}
+
+fn is_secret_value(value: &Spanned<DeValue<'_>>, span: &Range<usize>, is_below: bool) -> bool {
+    match value.get_ref() {
+        DeValue::Table(inner) => is_below_secrets(inner, span, is_below),
+        DeValue::Array(items) => items.iter().any(|item| is_secret_value(item, span, is_below)),
+        _ => false,
     }
+}
+
+/// Where the entry with these `keys` stands below `table`, one of an array by
+/// its number; none if there is no such entry.
+fn find(table: &DeTable<'_>, keys: &[&str]) -> Option<Range<usize>> {
+    let (first, rest) = keys.split_first()?;
+    let (key, mut value) = table.iter().find(|(key, _)| key.get_ref() == first)?;
+    let mut span = key.span();
+    for (index, key) in rest.iter().enumerate() {
+        match value.get_ref() {
+            DeValue::Table(inner) => return find(inner, &rest[index..]),
+            DeValue::Array(items) => {
+                value = items.get(key.parse::<usize>().ok()?)?;
+                span = value.span();
+            }
+            _ => return None,
+        }
+    }
+    Some(span)
 }
 
 /// serde's words for an unknown name, with the name that was meant.
@@ -560,48 +675,54 @@ fn resolve_tenant(
     section: &TenantSection,
     defaults: &DefaultsSection,
     directory: &Path,
-    span: Option<&Range<usize>>,
+    index: Option<usize>,
     problems: &mut Problems<'_>,
 ) -> Option<TenantConfig> {
-    let before = problems.count();
+    let (before, opens_apps) = (problems.count(), problems.opens_apps);
     let label = section.name.clone().unwrap_or_else(|| "?".into());
-    let mut note = |problem: String| problems.add(span, &format!("tenant `{label}`: {problem}"));
+    let mut note = |keys: &[&str], problem: String| {
+        let span = problems.tenant_span(index, keys);
+        problems.add(span.as_ref(), &format!("tenant `{label}`: {problem}"));
+    };
     let name = section.name.clone().unwrap_or_default();
     if section.name.is_none() {
-        note("it has no `name`".into());
+        note(&[], "it has no `name`".into());
     } else if name.is_empty() || !name.chars().all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c)) {
-        note("a name is made of letters, digits, `-`, `_` and `.`".into());
+        note(&["name"], "a name is made of letters, digits, `-`, `_` and `.`".into());
     }
     let app = section.app.as_ref().map(|app| directory.join(app)).unwrap_or_default();
     if section.app.is_none() {
-        note("it has no `app`".into());
+        note(&[], "it has no `app`".into());
     } else if !app.is_file() {
-        note(format!("there is no app `{}`", app.display()));
+        note(&["app"], format!("there is no app `{}`", app.display()));
+    } else if opens_apps && let Err(problem) = Artifact::open(&app) {
+        note(&["app"], problem.to_string());
     }
     let mut hosts = Vec::new();
-    for host in &section.hosts {
+    for (index, host) in section.hosts.iter().enumerate() {
         match HostPattern::parse(host) {
             Ok(pattern) => hosts.push(pattern),
-            Err(problem) => note(problem),
+            Err(problem) => note(&["hosts", &index.to_string()], problem),
         }
     }
     let path = script_name(&section.path).map(str::to_owned);
     if path.is_none() {
-        note(format!("the path `{}` has to start with `/` and be plain text", section.path));
+        note(&["path"], format!("the path `{}` has to start with `/` and be plain text", section.path));
     }
     let mut environment = defaults.env.clone();
     environment.extend(section.env.clone());
     for (key, source) in &section.secrets {
         match read_secret(source, directory) {
             Ok(value) => drop(environment.insert(key.clone(), value)),
-            Err(problem) => note(format!("secret `{key}`: {problem}")),
+            Err(problem) => note(&["secrets", key], format!("secret `{key}`: {problem}")),
         }
     }
     if let Some(key) = environment
         .iter()
         .find_map(|(key, value)| (key.is_empty() || key.contains('=') || value.contains('\0')).then_some(key))
     {
-        note(format!("`{key}` can not be an environment variable"));
+        let key = key.clone();
+        note(&["env", &key], format!("`{key}` can not be an environment variable"));
     }
     let data = section.data.as_ref().map(|data| {
         let quota = Quota {
@@ -611,30 +732,35 @@ fn resolve_tenant(
         (directory.join(&data.path), quota)
     });
     if let Some((data, _)) = data.as_ref().filter(|(data, _)| !data.is_dir()) {
-        note(format!("there is no data directory `{}`", data.display()));
+        note(&["data", "path"], format!("there is no data directory `{}`", data.display()));
     }
     let tmp = section.limits.tmp.or(defaults.limits.tmp);
     let temporary =
         memory::Limits { bytes: tmp.map_or(DEFAULT_TEMPORARY.bytes, |tmp| tmp.0), ..DEFAULT_TEMPORARY };
     let mut rules = Vec::new();
-    for rule in &section.network {
+    for (index, rule) in section.network.iter().enumerate() {
         match rule.parse::<Rule>() {
             Ok(rule) => rules.push(rule),
-            Err(problem) => note(problem.to_string()),
+            Err(problem) => note(&["network", &index.to_string()], problem.to_string()),
         }
     }
     let traffic = section.limits.network.or(defaults.limits.network);
     let traffic = traffic.map_or(DEFAULT_TRAFFIC, |traffic| traffic.0);
     let health = section.health.clone().or_else(|| defaults.health.clone());
-    if let Some(health) = health.as_ref().filter(|health| !health.starts_with('/')) {
-        note(format!("the health path `{health}` has to start with `/`"));
+    if let Some(health) = &health {
+        let is_path = PathAndQuery::try_from(health.as_str()).is_ok_and(|path| path.as_str() == health);
+        if !health.starts_with('/') {
+            note(&["health"], format!("the health path `{health}` has to start with `/`"));
+        } else if !is_path {
+            note(&["health"], format!("the health path `{health}` is not the path of a URL; encode it"));
+        }
     }
     let mut static_files = BTreeMap::new();
     for (prefix, path) in &section.static_files {
         let path = directory.join(path);
         match Mount::directory(prefix, &path) {
             Ok(_) => drop(static_files.insert(prefix.clone(), path)),
-            Err(problem) => note(format!("static files: {problem}")),
+            Err(problem) => note(&["static", prefix], format!("static files: {problem}")),
         }
     }
     let instances = &section.instances;
@@ -646,18 +772,26 @@ fn resolve_tenant(
         requests: instances.requests.or(shared.requests).unwrap_or(DEFAULT_INSTANCES.requests),
         idle: instances.idle.or(shared.idle).map_or(DEFAULT_INSTANCES.idle, |time| time.0),
     };
-    if instances.max == 0 || instances.requests == 0 {
-        note("it needs at least one instance, for at least one request".into());
+    if instances.max == 0 {
+        note(&["instances", "max"], "it needs at least one instance".into());
+    }
+    if instances.requests == 0 {
+        note(&["instances", "requests"], "an instance answers at least one request".into());
     }
     if instances.min > instances.max {
-        note(format!(
-            "the least number of instances, {}, is above the most, {}",
-            instances.min, instances.max
-        ));
+        let (min, max) = (instances.min, instances.max);
+        let problem = format!("the least number of instances, {min}, is above the most, {max}");
+        note(&["instances", "min"], problem);
+    }
+    let limits = resolve_limits(&section.limits, &defaults.limits, instances.max);
+    for (key, is_zero) in limits.nothing() {
+        if is_zero {
+            note(&["limits", key], format!("with `{key}` of nothing it can not answer a request"));
+        }
     }
     let weight = section.weight.unwrap_or(1);
     if weight == 0 || weight > 1000 {
-        note("the weight has to be from 1 to 1000".into());
+        note(&["weight"], "the weight has to be from 1 to 1000".into());
     }
     if problems.count() > before {
         return None;
@@ -673,7 +807,7 @@ fn resolve_tenant(
         path: path.unwrap_or_default(),
         isolation: section.isolation.or(defaults.isolation).unwrap_or_default(),
         instances,
-        limits: resolve_limits(&section.limits, &defaults.limits),
+        limits,
         environment: Environment(environment),
         secrets: secrets.collect(),
         files: FileGrants { temporary, data },
@@ -685,15 +819,36 @@ fn resolve_tenant(
     })
 }
 
-fn resolve_limits(own: &LimitsSection, shared: &LimitsSection) -> Limits {
+impl Limits {
+    /// The limits below which there is no answer, and whether they are nothing.
+    fn nothing(&self) -> [(&'static str, bool); 7] {
+        let is_zero = |time: Option<Duration>| time.is_some_and(|time| time.is_zero());
+        [
+            ("memory", self.memory == 0),
+            ("total_memory", self.total_memory == Some(0)),
+            ("timeout", self.timeout.is_zero()),
+            ("cpu", is_zero(self.cpu)),
+            ("cpu_per_minute", is_zero(self.cpu_per_minute)),
+            ("requests_per_second", self.requests_per_second == Some(0)),
+            ("response_time", self.response_time.is_zero()),
+        ]
+    }
+}
+
+fn resolve_limits(own: &LimitsSection, shared: &LimitsSection, instances: usize) -> Limits {
     let size =
         |own: Option<Size>, shared: Option<Size>, default| own.or(shared).map_or(default, |size| size.0);
     let time =
         |own: Option<Time>, shared: Option<Time>, default| own.or(shared).map_or(default, |time| time.0);
     let optional = |own: Option<Time>, shared: Option<Time>| own.or(shared).map(|time| time.0);
+    let memory = size(own.memory, shared.memory, DEFAULT_LIMITS.memory);
     Limits {
-        memory: size(own.memory, shared.memory, DEFAULT_LIMITS.memory),
-        total_memory: own.total_memory.or(shared.total_memory).map(|size| size.0),
+        memory,
+        total_memory: Some(
+            own.total_memory
+                .or(shared.total_memory)
+                .map_or_else(|| default_total_memory(memory, instances), |size| size.0),
+        ),
         timeout: time(own.timeout, shared.timeout, DEFAULT_LIMITS.timeout),
         cpu: optional(own.cpu, shared.cpu),
         cpu_per_minute: optional(own.cpu_per_minute, shared.cpu_per_minute),
@@ -707,57 +862,91 @@ fn resolve_limits(own: &LimitsSection, shared: &LimitsSection) -> Limits {
     }
 }
 
+/// The secret. What stands in the configuration is not in the error: it may be
+/// the secret itself, written in the wrong place.
 fn read_secret(source: &SecretSource, directory: &Path) -> Result<String, String> {
     match source {
         SecretSource::File(path) => {
-            let path = directory.join(path);
-            let text = fs::read_to_string(&path)
-                .map_err(|error| format!("can not read `{}`: {error}", path.display()))?;
+            let text = fs::read_to_string(directory.join(path))
+                .map_err(|error| format!("its file can not be read: {error}"))?;
             Ok(text.strip_suffix('\n').unwrap_or(&text).to_owned())
         }
         SecretSource::Env(name) => {
-            std::env::var(name).map_err(|_| format!("the server's environment has no text variable `{name}`"))
+            std::env::var(name).map_err(|_| "the server's environment has no such variable with text".into())
         }
     }
 }
 
-/// Finds two tenants of one name, or at one place: the later one's index.
-fn check_mounts(tenants: &[TenantConfig]) -> Result<(), (usize, String)> {
+/// Two tenants of one name, or at one place.
+struct Conflict {
+    /// The later one.
+    index: usize,
+    key: &'static str,
+    problem: String,
+}
+
+/// Each tenant's first conflicts with one before it.
+fn conflicts(tenants: &[TenantConfig]) -> Vec<Conflict> {
+    let mut found = Vec::new();
     for (index, tenant) in tenants.iter().enumerate() {
-        for earlier in &tenants[..index] {
-            if earlier.name == tenant.name {
-                return Err((index, format!("there are two tenants `{}`", tenant.name)));
-            }
+        let before = &tenants[..index];
+        if before.iter().any(|earlier| earlier.name == tenant.name) {
+            let problem = format!("there are two tenants `{}`", tenant.name);
+            found.push(Conflict { index, key: "name", problem });
+        }
+        let is_at_same_place = |earlier: &&TenantConfig| {
             let same_host = earlier.hosts.is_empty() && tenant.hosts.is_empty()
                 || earlier.hosts.iter().any(|host| tenant.hosts.contains(host));
-            if same_host && earlier.path == tenant.path {
-                return Err((
-                    index,
-                    format!(
-                        "the tenants `{}` and `{}` are mounted at the same host and path",
-                        earlier.name, tenant.name
-                    ),
-                ));
-            }
+            same_host && earlier.path == tenant.path
+        };
+        if let Some(earlier) = before.iter().find(is_at_same_place) {
+            let (key, names) = ("hosts", (&earlier.name, &tenant.name));
+            let problem =
+                format!("the tenants `{}` and `{}` are mounted at the same host and path", names.0, names.1);
+            found.push(Conflict { index, key, problem });
         }
     }
-    Ok(())
+    found
 }
 
 /// Mistakes in a file, with their lines.
 struct Problems<'a> {
     path: &'a Path,
     text: &'a str,
+    table: Spanned<DeTable<'a>>,
+    /// Whether an app that is none is a mistake.
+    opens_apps: bool,
     found: Vec<(usize, String)>,
 }
 
 impl<'a> Problems<'a> {
-    fn new(path: &'a Path, text: &'a str) -> Problems<'a> {
-        Problems { path, text, found: Vec::new() }
+    fn new(path: &'a Path, text: &'a str, opens_apps: bool) -> Problems<'a> {
+        let (table, _) = DeTable::parse_recoverable(text);
+        Problems { path, text, table, opens_apps, found: Vec::new() }
     }
 
     fn count(&self) -> usize {
         self.found.len()
+    }
+
+    /// Where the entry with these keys stands.
+    fn span(&self, keys: &[&str]) -> Option<Range<usize>> {
+        find(self.table.get_ref(), keys)
+    }
+
+    /// Where the entry of a tenant stands, or the default in its place, or else
+    /// the tenant. The tenant is that with the number `index`, or all of the file.
+    fn tenant_span(&self, index: Option<usize>, keys: &[&str]) -> Option<Range<usize>> {
+        let Some(index) = index else { return self.span(keys) };
+        let index = index.to_string();
+        let tenant = ["tenant", index.as_str()];
+        self.entry_of(&tenant, keys)
+            .or_else(|| self.span(&[&["defaults"], keys].concat()))
+            .or_else(|| self.span(&tenant))
+    }
+
+    fn entry_of(&self, tenant: &[&str], keys: &[&str]) -> Option<Range<usize>> {
+        if keys.is_empty() { None } else { self.span(&[tenant, keys].concat()) }
     }
 
     fn add(&mut self, span: Option<&Range<usize>>, problem: &str) {
@@ -770,24 +959,27 @@ impl<'a> Problems<'a> {
         }
     }
 
-    fn finish(mut self) -> Result<(), UserError> {
-        if self.found.is_empty() {
-            return Ok(());
-        }
+    /// Each mistake as a line for the user, in the order of the file.
+    fn lines(mut self) -> Vec<String> {
         self.found.sort();
-        let lines: Vec<String> = self
-            .found
-            .iter()
-            .map(|(line, problem)| match line {
-                0 => format!("{}: {problem}", self.path.display()),
-                line => format!("{}:{line}: {problem}", self.path.display()),
-            })
-            .collect();
-        let count = lines.len();
-        let what = if count == 1 { "one mistake".to_owned() } else { format!("{count} mistakes") };
-        Err(UserError::new(format!("{what} in the configuration\n{}", lines.join("\n")))
-            .remedy("see docs/tenants.md, and try again with `wsgi-wasm check FILE`"))
+        let path = self.path.display();
+        let line = |(line, problem)| match line {
+            0 => format!("{path}: {problem}"),
+            line => format!("{path}:{line}: {problem}"),
+        };
+        self.found.into_iter().map(line).collect()
     }
+}
+
+/// Refuses a configuration with these mistakes, if there are any.
+fn refuse(mistakes: &[String]) -> Result<(), UserError> {
+    let what = match mistakes.len() {
+        0 => return Ok(()),
+        1 => "one mistake".to_owned(),
+        count => format!("{count} mistakes"),
+    };
+    Err(UserError::new(format!("{what} in the configuration\n{}", mistakes.join("\n")))
+        .remedy("see docs/tenants.md, and try again with `wsgi-wasm check FILE`"))
 }
 
 #[cfg(test)]
@@ -853,6 +1045,9 @@ mod tests {
         assert_eq!(acme.environment.0["KEY"], "hidden");
         assert!(!format!("{acme:?}").contains("hidden"), "a secret is shown");
         assert_eq!((other.limits.memory, other.instances.max), (64 << 20, 4));
+        assert_eq!(other.limits.total_memory, Some(1 << 30));
+        assert_eq!(default_total_memory(256 << 20, 64), 8 << 30, "half of what they may have");
+        assert_eq!(default_total_memory(4 << 30, 1), 5 << 30, "one may have all of its own");
     }
 
     #[test]
@@ -882,16 +1077,93 @@ static = { assets = "missing", "/assets" = "missing" }
             "wsgi-wasm.toml:4: unknown name `memroy`; did you mean `memory`?",
             "wsgi-wasm.toml:5: ",
             "wsgi-wasm.toml:9: `lots` is not a size",
-            "wsgi-wasm.toml:10: tenant `b b`: a name is made of",
-            "tenant `b b`: there is no app",
-            "tenant `b b`: `http://x` is not a host",
-            "tenant `b b`: the path `no-slash`",
-            "tenant `b b`: static files: the URL path `assets` does not begin with",
-            "tenant `b b`: static files: can not open the directory",
+            "wsgi-wasm.toml:11: tenant `b b`: a name is made of",
+            "toml:12: tenant `b b`: there is no app",
+            "toml:13: tenant `b b`: `http://x` is not a host",
+            "toml:14: tenant `b b`: the path `no-slash`",
+            "toml:15: tenant `b b`: static files: the URL path `assets` does not begin with",
+            "toml:15: tenant `b b`: static files: can not open the directory",
         ] {
             assert!(error.contains(expected), "no `{expected}` in:\n{error}");
         }
         assert!(error.starts_with("10 mistakes"), "{error}");
+    }
+
+    #[test]
+    fn what_can_not_work_is_a_mistake_at_its_key() {
+        let error = load_text(
+            r#"[server]
+bind = ["127.0.0.1:0",
+  "nonsense:port"]
+control = "here"
+instances = 0
+[defaults]
+health = "/a b"
+[defaults.limits]
+timeout = "0s"
+[[tenant]]
+name = "a"
+app = "a.wasm"
+hosts = ["x", "y z"]
+limits.memory = "0B"
+[[tenant]]
+name = "b"
+app = "a.wasm"
+health = "/#top"
+network = [
+  "nowhere",
+]
+[tenant.limits]
+timeout = "1s"
+requests_per_second = 0
+[tenant.instances]
+min = 20
+requests = 0
+[tenant.secrets]
+KEY = { file = "hunter2" }
+TOKEN = { env = "hunter2" }
+OTHER = "hunter2"
+"#,
+        )
+        .unwrap_err()
+        .to_string();
+        for expected in [
+            "toml:3: can not listen on `nonsense:port`: the port is not a number",
+            "toml:4: `control`: `here` has to be `unix:PATH`",
+            "toml:5: there has to be room",
+            "toml:7: tenant `a`: the health path `/a b` is not the path of a URL",
+            "toml:9: tenant `a`: with `timeout` of nothing",
+            "toml:13: tenant `a`: `y z` is not a host",
+            "toml:14: tenant `a`: with `memory` of nothing",
+            "toml:18: tenant `b`: the health path `/#top` is not",
+            "toml:20: tenant `b`: ",
+            "toml:24: tenant `b`: with `requests_per_second` of nothing",
+            "toml:26: tenant `b`: the least number of instances, 20",
+            "toml:27: tenant `b`: an instance answers",
+            "toml:29: tenant `b`: secret `KEY`: its file can not be read",
+            "toml:30: tenant `b`: secret `TOKEN`: the server's environment",
+            "toml:31: a secret is written as",
+        ] {
+            assert!(error.contains(expected), "no `{expected}` in:\n{error}");
+        }
+        assert!(error.starts_with("15 mistakes"), "{error}");
+        assert!(!error.contains("hunter2"), "{error}");
+    }
+
+    #[test]
+    fn of_many_conflicts_all_are_shown() {
+        let tenant = |name: &str, host: &str| {
+            format!("[[tenant]]\nname = \"{name}\"\napp = \"a.wasm\"\nhosts = [\"{host}\"]\n")
+        };
+        let all = [tenant("a", "x"), tenant("a", "y"), tenant("b", "x"), tenant("c", "Y")].concat();
+        let error = load_text(&all).unwrap_err().to_string();
+        for expected in [
+            "toml:6: there are two tenants `a`",
+            "toml:12: the tenants `a` and `b` are mounted",
+            "toml:16: the tenants `a` and `c` are mounted",
+        ] {
+            assert!(error.contains(expected), "no `{expected}` in:\n{error}");
+        }
     }
 
     #[test]

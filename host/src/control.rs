@@ -104,11 +104,11 @@ async fn act(tenants: &Arc<Tenants>, request: Request<Incoming>) -> Result<serde
             Ok(json!({ "done": format!("`{name}` is suspended, and nothing of it is at work") }))
         }
         (&Method::POST, ["tenants", name, "suspend"]) => {
-            tenants.suspend(name, true)?;
+            tenants.suspend(name, true).await?;
             Ok(json!({ "done": format!("`{name}` is suspended") }))
         }
         (&Method::POST, ["tenants", name, "resume"]) => {
-            tenants.suspend(name, false)?;
+            tenants.suspend(name, false).await?;
             Ok(json!({ "done": format!("`{name}` takes requests") }))
         }
         (&Method::POST, ["reload"]) => {

@@ -65,6 +65,7 @@ impl<T> Future for Work<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::footprint::Together;
     use crate::scheduler::Share;
     use std::sync::mpsc;
 
@@ -97,7 +98,7 @@ mod tests {
     #[tokio::test]
     async fn its_processor_time_is_charged_and_its_waits_are_not() {
         let share = Share::new(1, None);
-        let footprint = Footprint::of(&share, None);
+        let footprint = Footprint::within(None, &share, &Together::new(u64::MAX));
         let compute = || {
             let before = processor_time();
             while processor_time() < before + 5000 {}

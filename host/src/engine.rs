@@ -34,6 +34,11 @@ pub const MAX_RESOURCES: usize = 1024;
 /// Elements of one table. CPython's function table has about 11,000.
 const TABLE_ELEMENTS: usize = 40_000;
 
+/// What one component may have.
+const CORE_INSTANCES: u32 = 64;
+const MEMORIES: u32 = 2;
+const TABLES: u32 = 24;
+
 /// The settings that machine code depends on. The process that compiles and
 /// the one that runs must agree on them; `Engine::precompile_compatibility_hash`
 /// covers them and names the cache entry.
@@ -72,16 +77,18 @@ pub fn compiler() -> Result<Engine> {
 pub fn runner(instances: u32) -> Result<Engine> {
     let mut pool = PoolingAllocationConfig::new();
     // One component from componentize-py is 14 core modules with one memory
-    // and one large table; the rest is room for other tools' output.
+    // and one large table; the rest is room for other tools' output. There is
+    // as much in all as all instances may have: else some large ones would
+    // leave no room for others.
     pool.total_component_instances(instances)
-        .total_core_instances(instances.saturating_mul(24))
-        .total_memories(instances.saturating_mul(2))
-        .total_tables(instances.saturating_mul(8))
+        .total_core_instances(instances.saturating_mul(CORE_INSTANCES))
+        .total_memories(instances.saturating_mul(MEMORIES))
+        .total_tables(instances.saturating_mul(TABLES))
         .total_stacks(instances)
-        .max_core_instances_per_component(64)
-        .max_memories_per_component(2)
-        .max_memories_per_module(2)
-        .max_tables_per_component(24)
+        .max_core_instances_per_component(CORE_INSTANCES)
+        .max_memories_per_component(MEMORIES)
+        .max_memories_per_module(MEMORIES)
+        .max_tables_per_component(TABLES)
         .max_tables_per_module(8)
         .max_component_instance_size(8 << 20)
         .max_core_instance_size(4 << 20)

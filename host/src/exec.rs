@@ -10,10 +10,9 @@ use crate::cli::ExecArgs;
 use crate::clock::Elapsed;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
-use crate::footprint::Footprint;
 use crate::instance::{Instance, Streams};
-use crate::scheduler::Share;
-use crate::tenants::Shared;
+use crate::pool::Pools;
+use crate::tenants::{Books, Shared};
 
 /// Runs the command and returns its exit status.
 ///
@@ -27,9 +26,10 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
-    let shared = Shared::new(engine, cache, args.grants.code, Duration::MAX, 0);
-    let app::Loaded { program, grants, .. } =
-        app::load_artifact(&shared, &config, Share::new(1, None), Footprint::new(None))?;
+    let pools = Pools::new(1, 0, u64::MAX);
+    let shared = Shared::new(engine, pools, cache, args.grants.code, Duration::MAX, 0);
+    let books = Books::new(&config, &shared.scheduler, shared.pools.memory(), None);
+    let app::Loaded { program, grants, .. } = app::load_artifact(&shared, &config, &books)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(1)
         .enable_all()

@@ -10,8 +10,9 @@
 //! Instances may have no more than seven eighths of the limit. So those that
 //! rest never fill it to the last byte, and leave no room for a request.
 
-use std::sync::Arc;
+use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -40,32 +41,57 @@ pub struct Footprint {
     disk: Arc<Semaphore>,
     /// Charged for the work on disks.
     share: Option<Arc<Share>>,
+    all: Arc<Together>,
 }
 
 impl Footprint {
     /// Nothing, of at most `limit` bytes.
+    #[cfg(test)]
     pub fn new(limit: Option<u64>) -> Arc<Footprint> {
-        Footprint::with(limit, FILES, None)
+        Footprint::with(limit, FILES, None, &Together::new(u64::MAX))
     }
 
-    /// The same, for the tenant with this share of the processors.
-    pub fn of(share: &Arc<Share>, limit: Option<u64>) -> Arc<Footprint> {
-        Footprint::with(limit, FILES, Some(Arc::clone(share)))
+    /// Nothing, of at most `limit` bytes, for the tenant with this share of the
+    /// processors. It is a part of what `all` hold.
+    pub fn within(limit: Option<u64>, share: &Arc<Share>, all: &Arc<Together>) -> Arc<Footprint> {
+        Footprint::with(limit, FILES, Some(Arc::clone(share)), all)
     }
 
     /// Nothing, of any number of bytes, and so many files.
     pub fn with_files(files: usize) -> Arc<Footprint> {
-        Footprint::with(None, files, None)
+        Footprint::with(None, files, None, &Together::new(u64::MAX))
     }
 
-    fn with(limit: Option<u64>, files: usize, share: Option<Arc<Share>>) -> Arc<Footprint> {
+    fn with(
+        limit: Option<u64>,
+        files: usize,
+        share: Option<Arc<Share>>,
+        all: &Arc<Together>,
+    ) -> Arc<Footprint> {
         Arc::new(Footprint {
             held: AtomicU64::new(0),
             limit: limit.unwrap_or(u64::MAX),
             files: Arc::new(Semaphore::new(files)),
             disk: Arc::new(Semaphore::new(DISK_WORK)),
             share,
+            all: Arc::clone(all),
         })
+    }
+
+    /// Whether what all hold leaves less room than the tenant's own limit.
+    pub fn is_short_together(&self) -> bool {
+        let held = self.held();
+        self.all.limit_for(held).saturating_sub(self.all.held()) < self.limit.saturating_sub(held)
+    }
+
+    fn add(&self, bytes: u64) -> u64 {
+        self.all.held.fetch_add(bytes, Ordering::Relaxed);
+        self.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes)
+    }
+
+    fn take(&self, bytes: u64) {
+        self.all.held.fetch_sub(bytes, Ordering::Relaxed);
+        self.held.fetch_sub(bytes, Ordering::Relaxed);
     }
 
     /// Bytes that are held.
@@ -75,7 +101,7 @@ impl Footprint {
 
     /// Counts `bytes` that are held in any case, for as long as the guard lives.
     pub fn hold(self: &Arc<Self>, bytes: u64) -> Held {
-        self.held.fetch_add(bytes, Ordering::Relaxed);
+        self.add(bytes);
         Held { footprint: Arc::clone(self), bytes }
     }
 
@@ -112,9 +138,9 @@ impl Held {
     /// Sets what is held.
     pub fn set(&mut self, bytes: u64) {
         match bytes.checked_sub(self.bytes) {
-            Some(more) => self.footprint.held.fetch_add(more, Ordering::Relaxed),
-            None => self.footprint.held.fetch_sub(self.bytes - bytes, Ordering::Relaxed),
-        };
+            Some(more) => drop(self.footprint.add(more)),
+            None => self.footprint.take(self.bytes - bytes),
+        }
         self.bytes = bytes;
     }
 
@@ -136,9 +162,9 @@ impl Held {
     }
 
     fn grow_within(&mut self, bytes: u64, limit: u64) -> bool {
-        let held = self.footprint.held.fetch_add(bytes, Ordering::Relaxed).saturating_add(bytes);
-        if held > limit {
-            self.footprint.held.fetch_sub(bytes, Ordering::Relaxed);
+        let held = self.footprint.add(bytes);
+        if held > limit || !self.footprint.all.make_room(held) {
+            self.footprint.take(bytes);
             return false;
         }
         self.bytes += bytes;
@@ -153,13 +179,84 @@ impl Held {
 
 impl Drop for Held {
     fn drop(&mut self) {
-        self.footprint.held.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.footprint.take(self.bytes);
+    }
+}
+
+/// What a tenant may hold of the part that is kept for those who hold little:
+/// a first instance of most apps.
+const LITTLE: u64 = 32 << 20;
+
+/// The memory that is held for all tenants together.
+pub struct Together {
+    held: AtomicU64,
+    limit: u64,
+    /// Gives back what somebody holds without need. False if there is nothing.
+    relief: OnceLock<Box<dyn Fn() -> bool + Send + Sync>>,
+}
+
+impl Together {
+    /// Nothing, of at most `limit` bytes.
+    pub fn new(limit: u64) -> Arc<Together> {
+        Arc::new(Together { held: AtomicU64::new(0), limit, relief: OnceLock::new() })
+    }
+
+    /// Has `relief` called when memory runs short. It is false when there is
+    /// nothing to give back.
+    pub fn relieve_by(&self, relief: impl Fn() -> bool + Send + Sync + 'static) {
+        // There is one, set once.
+        let _ = self.relief.set(Box::new(relief));
+    }
+
+    fn held(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
+    }
+
+    /// What all may hold when one who holds `own` wants more: an eighth is left
+    /// for those that hold little, whatever the others do.
+    fn limit_for(&self, own: u64) -> u64 {
+        if own <= LITTLE { self.limit } else { self.limit - self.limit / 8 }
+    }
+
+    /// Whether no more is held than may be by one who holds `own`, if need be
+    /// after some was given back.
+    fn make_room(&self, own: u64) -> bool {
+        while self.held() > self.limit_for(own) {
+            if !self.relief.get().is_some_and(|relief| relief()) {
+                return false;
+            }
+        }
+        true
+    }
+}
+
+impl fmt::Debug for Together {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.held(), self.limit)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn together_tenants_hold_no_more_than_there_is() {
+        let all = Together::new(8 * LITTLE);
+        let share = Share::new(1, None);
+        let (one, two) = (Footprint::within(None, &share, &all), Footprint::within(None, &share, &all));
+        let (mut large, mut little) = (one.hold(0), two.hold(0));
+        assert!(large.grow(7 * LITTLE) && !large.grow(1), "an eighth is left for others");
+        assert!(one.is_short_together());
+        assert!(little.grow(LITTLE) && !little.grow(1));
+        assert_eq!(all.held(), 8 * LITTLE);
+        // Somebody has something to spare, once.
+        let spare = std::sync::Mutex::new(Some(large));
+        all.relieve_by(move || spare.lock().unwrap().take().is_some());
+        assert!(little.grow(6 * LITTLE) && !little.grow(1));
+        drop(little);
+        assert_eq!((one.held(), two.held(), all.held()), (0, 0, 0));
+    }
 
     #[test]
     fn what_is_dropped_is_not_held() {

@@ -4,15 +4,17 @@
 //! discards the instance; only the end of a clean call gives it back. So a
 //! trap, a timeout, a panic and a client that leaves all take the safe path.
 
-use std::hash::{BuildHasher as _, RandomState};
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::pin::pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use wasmtime::PoolConcurrencyLimitError;
 
 use crate::failure::Failure;
+use crate::footprint::Together;
 use crate::instance::{self, Grants, Instance, Program, Streams, TenantFull};
 
 /// How far instances are shared.
@@ -46,13 +48,42 @@ pub struct PoolSettings {
 }
 
 /// The pools of all apps of a server. There is room for so many instances in
-/// all; those that rest make room for those that are needed.
-#[derive(Default)]
-pub struct Pools(Mutex<Vec<Weak<Pool>>>);
+/// all; those that rest make room for those that are needed. Some more room is
+/// in reserve for pools that have no instance: whatever the others do, an app
+/// can answer one request at a time.
+pub struct Pools {
+    all: Mutex<Vec<Weak<Pool>>>,
+    room: Arc<Semaphore>,
+    reserve: Arc<Semaphore>,
+    /// Requests that wait for room.
+    wanted: AtomicUsize,
+    memory: Arc<Together>,
+}
 
 impl Pools {
+    /// Pools that have `room` for instances together, and some more in
+    /// `reserve`, and `memory` in bytes.
+    pub fn new(room: u32, reserve: u32, memory: u64) -> Arc<Pools> {
+        let semaphore = |permits: u32| Arc::new(Semaphore::new(permits as usize));
+        let pools = Arc::new(Pools {
+            all: Mutex::default(),
+            room: semaphore(room),
+            reserve: semaphore(reserve),
+            wanted: AtomicUsize::new(0),
+            memory: Together::new(memory),
+        });
+        let relief = Arc::downgrade(&pools);
+        pools.memory.relieve_by(move || relief.upgrade().is_some_and(|pools| pools.make_room()));
+        pools
+    }
+
+    /// The memory that all have together.
+    pub fn memory(&self) -> &Arc<Together> {
+        &self.memory
+    }
+
     fn add(&self, pool: &Arc<Pool>) {
-        let mut pools = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut pools = self.all.lock().unwrap_or_else(PoisonError::into_inner);
         pools.retain(|pool| pool.strong_count() > 0);
         pools.push(Arc::downgrade(pool));
     }
@@ -60,11 +91,101 @@ impl Pools {
     /// Drops the instance that has rested for longest. False if there is none
     /// but those that are meant to stay.
     fn make_room(&self) -> bool {
-        let pools = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let pools = self.all.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let pools = pools.iter().filter_map(Weak::upgrade);
         let oldest =
             pools.filter_map(|pool| Some((pool.resting_since()?, pool))).min_by_key(|(since, _)| *since);
         oldest.is_some_and(|(_, pool)| pool.drop_oldest())
+    }
+
+    /// Room for an instance of the pool with this `occupancy`, if there is some.
+    fn room_for(&self, occupancy: &Arc<Occupancy>) -> Option<Room> {
+        loop {
+            if let Ok(permit) = Arc::clone(&self.room).try_acquire_owned() {
+                return Some(Room::new(permit, occupancy));
+            }
+            // Others may be faster and take the room, but only as long as
+            // there is some.
+            if !self.make_room() {
+                break;
+            }
+        }
+        // Two that come at the same time can both find no instance here. Then
+        // the pool has one more of the reserve, for a while.
+        let permit = (occupancy.instances.load(Ordering::Relaxed) == 0)
+            .then(|| Arc::clone(&self.reserve).try_acquire_owned().ok())
+            .flatten()?;
+        Some(Room::new(permit, occupancy))
+    }
+}
+
+/// How many instances a pool has, at rest or at work.
+#[derive(Default)]
+struct Occupancy {
+    instances: AtomicUsize,
+    /// Told when one has done its work and is gone or at rest.
+    freed: Notify,
+}
+
+/// The room that an instance takes, until dropped.
+struct Room {
+    /// Gone after the count is lower, so that whoever finds none here finds the reserve.
+    permit: Option<OwnedSemaphorePermit>,
+    occupancy: Arc<Occupancy>,
+}
+
+impl Room {
+    fn new(permit: OwnedSemaphorePermit, occupancy: &Arc<Occupancy>) -> Room {
+        occupancy.instances.fetch_add(1, Ordering::Relaxed);
+        Room { permit: Some(permit), occupancy: Arc::clone(occupancy) }
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.occupancy.instances.fetch_sub(1, Ordering::Relaxed);
+        drop(self.permit.take());
+    }
+}
+
+/// An instance in its room.
+struct Live {
+    instance: Instance,
+    /// Requests after which it is replaced.
+    max_requests: u64,
+    // Last, so that the instance is gone when there is room again.
+    _room: Room,
+}
+
+/// There is no room for an instance, or no memory: all are at work.
+#[derive(Debug)]
+struct ServerFull;
+
+impl std::fmt::Display for ServerFull {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("there is no room for an instance: all are at work")
+    }
+}
+
+impl std::error::Error for ServerFull {}
+
+fn is_full(error: &wasmtime::Error) -> bool {
+    error.is::<ServerFull>() || error.is::<PoolConcurrencyLimitError>()
+}
+
+/// Counts one who waits, until dropped.
+struct Waiting<'a>(&'a AtomicUsize);
+
+impl<'a> Waiting<'a> {
+    fn new(count: &'a AtomicUsize) -> Waiting<'a> {
+        count.fetch_add(1, Ordering::Relaxed);
+        Waiting(count)
+    }
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 
@@ -78,11 +199,14 @@ pub struct Pool {
     settings: PoolSettings,
     /// One permit per request in work.
     permits: Arc<Semaphore>,
+    /// Told when no request is in work any more.
+    done: Notify,
     waiting: AtomicUsize,
+    occupancy: Arc<Occupancy>,
     /// Instances at rest. With [`Isolation::Request`] they are unused ones,
     /// prepared so that no request pays for the start of an instance. Each with
     /// the time at which it came to rest; the last one came last.
-    idle: Mutex<Vec<(Instance, Instant)>>,
+    idle: Mutex<Vec<(Live, Instant)>>,
     /// Instances being prepared.
     preparing: AtomicUsize,
 }
@@ -97,7 +221,9 @@ impl Pool {
             grants,
             permits: Arc::new(Semaphore::new(settings.instances)),
             settings,
+            done: Notify::new(),
             waiting: AtomicUsize::new(0),
+            occupancy: Arc::default(),
             idle: Mutex::default(),
             preparing: AtomicUsize::new(0),
         });
@@ -122,37 +248,105 @@ impl Pool {
     ///
     /// # Errors
     ///
-    /// [`Failure::Overloaded`] if too many wait already, the wait is too long
-    /// or the server is full, [`Failure::MemoryExhausted`] if the tenant holds
-    /// as much as it may, [`Failure::CannotStart`] if the app does not start.
+    /// [`Failure::Overloaded`] if too many wait already or the wait is too
+    /// long, [`Failure::MemoryExhausted`] if the tenant holds as much as it
+    /// may, [`Failure::CannotStart`] if the app does not start.
     pub async fn lease(self: &Arc<Self>) -> Result<Lease, Failure> {
+        let end = tokio::time::Instant::now() + self.settings.queue_wait;
         let permit = match Arc::clone(&self.permits).try_acquire_owned() {
             Ok(permit) => permit,
-            Err(_) => self.wait().await?,
+            Err(_) => {
+                let _waiting = self.queue()?;
+                let permit = Arc::clone(&self.permits).acquire_owned();
+                match tokio::time::timeout_at(end, permit).await {
+                    Ok(Ok(permit)) => permit,
+                    _ => return Err(Failure::Overloaded),
+                }
+            }
         };
-        let resting = self.idle().pop().map(|(instance, _)| instance);
-        let instance = match resting {
-            Some(instance) => instance,
-            None => self.start().await.map_err(|error| {
-                if error.is::<TenantFull>() {
-                    return Failure::MemoryExhausted;
-                }
-                if error.is::<PoolConcurrencyLimitError>() {
-                    tracing::warn!(app = %self.grants.name, "there is no room for an instance: all are at work");
-                    return Failure::Overloaded;
-                }
-                let (reason, _) = instance::explain(&error);
-                tracing::error!(app = %self.grants.name, "failed to start an instance: {reason}");
-                Failure::CannotStart
-            })?,
+        let place = Place { permit: Some(permit), pool: Arc::clone(self) };
+        let resting = self.idle().pop().map(|(live, _)| live);
+        let live = match resting {
+            Some(live) => live,
+            None => match self.start().await {
+                Err(error) if is_full(&error) => self.wait_for_room(end).await,
+                started => started,
+            }
+            .map_err(|error| self.no_instance(&error))?,
         };
         self.prepare();
-        Ok(Lease { instance: Some(instance), pool: Arc::clone(self), _permit: permit })
+        Ok(Lease { live: Some(live), place })
+    }
+
+    /// Takes a place among those who wait.
+    fn queue(&self) -> Result<Waiting<'_>, Failure> {
+        let waiting = Waiting::new(&self.waiting);
+        if self.waiting.load(Ordering::Relaxed) > self.settings.queue {
+            return Err(Failure::Overloaded);
+        }
+        Ok(waiting)
+    }
+
+    /// Waits until an instance of this pool comes to rest, or there is room
+    /// for one more.
+    async fn wait_for_room(&self, end: tokio::time::Instant) -> wasmtime::Result<Live> {
+        let Ok(_waiting) = self.queue() else { return Err(ServerFull.into()) };
+        let _wanted = Waiting::new(&self.pools.wanted);
+        // Then it is of no use that there is room for another.
+        let mut is_short_of_memory = false;
+        loop {
+            let mut freed = pin!(self.occupancy.freed.notified());
+            freed.as_mut().enable();
+            let resting = self.idle().pop().map(|(live, _)| live);
+            if let Some(live) = resting {
+                return Ok(live);
+            }
+            match self.start().await {
+                Err(error) if is_full(&error) => {}
+                started => return started,
+            }
+            if is_short_of_memory && self.occupancy.instances.load(Ordering::Relaxed) == 0 {
+                // Nothing here will ever be freed.
+                return Err(ServerFull.into());
+            }
+            tokio::select! {
+                () = freed => {}
+                permit = Arc::clone(&self.pools.room).acquire_owned(), if !is_short_of_memory => {
+                    // The semaphore is never closed.
+                    let room = Room::new(permit.map_err(|_| ServerFull)?, &self.occupancy);
+                    match self.start_in(room).await {
+                        Err(error) if is_full(&error) => is_short_of_memory = true,
+                        started => return started,
+                    }
+                }
+                () = tokio::time::sleep_until(end) => return Err(ServerFull.into()),
+            }
+        }
+    }
+
+    /// Logs why there is no instance for a request, and says what that means
+    /// for it.
+    fn no_instance(&self, error: &wasmtime::Error) -> Failure {
+        if error.is::<TenantFull>() {
+            return Failure::MemoryExhausted;
+        }
+        let app = &self.grants.name;
+        if is_full(error) {
+            tracing::warn!(%app, "{ServerFull}");
+            return Failure::Overloaded;
+        }
+        let (reason, _) = instance::explain(error);
+        tracing::error!(%app, "failed to start an instance: {reason}");
+        Failure::CannotStart
     }
 
     /// Requests in work, and instances at rest.
     pub fn usage(&self) -> (usize, usize) {
-        (self.settings.instances - self.permits.available_permits(), self.idle().len())
+        (self.in_work(), self.idle().len())
+    }
+
+    fn in_work(&self) -> usize {
+        self.settings.instances - self.permits.available_permits()
     }
 
     /// Drops instances that have rested for as long as `time`, but for those
@@ -173,43 +367,36 @@ impl Pool {
         drop(dropped);
     }
 
-    /// Waits until no request is in work.
+    /// Waits until no request is in work. Takes no permit: whoever comes
+    /// meanwhile is served.
     pub async fn drained(&self) {
-        let all = u32::try_from(self.settings.instances).unwrap_or(u32::MAX);
-        // The semaphore is never closed.
-        let _ = self.permits.acquire_many(all).await;
-    }
-
-    async fn wait(&self) -> Result<OwnedSemaphorePermit, Failure> {
-        /// Counts one who waits, until dropped.
-        struct Waiting<'a>(&'a AtomicUsize);
-        impl Drop for Waiting<'_> {
-            fn drop(&mut self) {
-                self.0.fetch_sub(1, Ordering::Relaxed);
-            }
-        }
-        let before = self.waiting.fetch_add(1, Ordering::Relaxed);
-        let _waiting = Waiting(&self.waiting);
-        if before >= self.settings.queue {
-            return Err(Failure::Overloaded);
-        }
-        let permit = Arc::clone(&self.permits).acquire_owned();
-        match tokio::time::timeout(self.settings.queue_wait, permit).await {
-            Ok(Ok(permit)) => Ok(permit),
-            _ => Err(Failure::Overloaded),
-        }
-    }
-
-    async fn start(&self) -> wasmtime::Result<Instance> {
         loop {
-            let started = Instance::new(&self.program, &self.grants, Streams::Log).await;
-            match started {
-                // Others may be faster and take the room, but only as long as
-                // there is some.
-                Err(error) if error.is::<PoolConcurrencyLimitError>() && self.pools.make_room() => {}
-                started => return started,
+            let mut done = pin!(self.done.notified());
+            done.as_mut().enable();
+            if self.in_work() == 0 {
+                return;
             }
+            done.await;
         }
+    }
+
+    async fn start(&self) -> wasmtime::Result<Live> {
+        let room = self.pools.room_for(&self.occupancy).ok_or(ServerFull)?;
+        self.start_in(room).await
+    }
+
+    async fn start_in(&self, room: Room) -> wasmtime::Result<Live> {
+        let instance = match Instance::new(&self.program, &self.grants, Streams::Log).await {
+            // It has not had its own fill: the others have.
+            Err(error) if error.is::<TenantFull>() && self.grants.footprint.is_short_together() => {
+                return Err(ServerFull.into());
+            }
+            instance => instance?,
+        };
+        // Instances that were started together should not end together.
+        let max = self.settings.max_requests;
+        let spread = RandomState::new().build_hasher().finish() % (max / 10 + 1);
+        Ok(Live { instance, max_requests: max - spread, _room: room })
     }
 
     /// Says whether another version has taken this one's place. Then its
@@ -241,8 +428,11 @@ impl Pool {
         if self.settings.isolation != Isolation::Request || self.is_retired.load(Ordering::Relaxed) {
             return;
         }
-        let in_work = self.settings.instances - self.permits.available_permits();
-        let wanted = (in_work + 1).min(self.settings.instances);
+        // Room for a request that is there goes before.
+        if self.pools.wanted.load(Ordering::Relaxed) > 0 {
+            return;
+        }
+        let wanted = (self.in_work() + 1).min(self.settings.instances);
         let ready = self.idle().len() + self.preparing.load(Ordering::Relaxed);
         if ready >= wanted {
             return;
@@ -262,70 +452,88 @@ impl Pool {
         });
     }
 
-    fn rest(&self, instance: Instance) {
+    fn rest(&self, live: Live) {
         let mut idle = self.idle();
+        // Others wait for room, and nobody here for an instance.
+        let is_needed_elsewhere = self.pools.wanted.load(Ordering::Relaxed) > 0
+            && self.waiting.load(Ordering::Relaxed) == 0
+            && idle.len() >= self.settings.spare;
         // Looked at under the lock, for `retire` empties the list under it.
-        if idle.len() < self.settings.instances && !self.is_retired.load(Ordering::Relaxed) {
-            idle.push((instance, Instant::now()));
+        let may_rest = idle.len() < self.settings.instances && !self.is_retired.load(Ordering::Relaxed);
+        if may_rest && !is_needed_elsewhere {
+            idle.push((live, Instant::now()));
+            drop(idle);
+            self.occupancy.freed.notify_one();
             return;
         }
         drop(idle);
-        self.discard(instance);
+        self.discard(live);
     }
 
     /// Drops an instance, at its app's expense: that takes the host as long as
     /// it has memory to give back.
-    fn discard(&self, instance: Instance) {
+    fn discard(&self, live: Live) {
         let start = Instant::now();
-        drop(instance);
+        drop(live);
+        self.occupancy.freed.notify_one();
         self.grants.share.charge(u64::try_from(start.elapsed().as_micros()).unwrap_or(u64::MAX));
     }
 
-    /// Whether `instance` may serve another request.
-    fn may_stay(&self, instance: &Instance) -> bool {
-        // Instances that were started together should not end together.
-        static SPREAD: std::sync::LazyLock<RandomState> = std::sync::LazyLock::new(RandomState::new);
-        let max = self.settings.max_requests;
-        let spread = SPREAD.hash_one(std::ptr::from_ref(instance)) % (max / 10 + 1);
+    /// Whether an instance may serve another request.
+    fn may_stay(&self, live: &Live) -> bool {
         self.settings.isolation == Isolation::Tenant
-            && instance.requests() < max.saturating_sub(spread)
+            && live.instance.requests() < live.max_requests
             // Linear memory never shrinks. An instance that one request blew
             // up would fail the next ones for lack of memory.
-            && instance.memory_used() <= self.grants.memory / 4 * 3
+            && live.instance.memory_used() <= self.grants.memory / 4 * 3
     }
 
-    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(Instance, Instant)>> {
+    fn idle(&self) -> std::sync::MutexGuard<'_, Vec<(Live, Instant)>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The right to have a request in work.
+struct Place {
+    permit: Option<OwnedSemaphorePermit>,
+    pool: Arc<Pool>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        drop(self.permit.take());
+        if self.pool.in_work() == 0 {
+            self.pool.done.notify_waiters();
+        }
     }
 }
 
 /// The right to one instance, for one request.
 pub struct Lease {
-    /// Gone before the permit is, so that there is room when the next request
-    /// gets the permit.
-    instance: Option<Instance>,
-    pool: Arc<Pool>,
-    _permit: OwnedSemaphorePermit,
+    /// Gone before the place is, so that there is room when the next request
+    /// gets the place.
+    live: Option<Live>,
+    place: Place,
 }
 
 impl Lease {
     /// The instance. None only in the middle of [`Lease::give_back`].
     pub fn instance(&mut self) -> Option<&mut Instance> {
-        self.instance.as_mut()
+        self.live.as_mut().map(|live| &mut live.instance)
     }
 
     /// The request ended cleanly: the instance may serve another one.
     pub fn give_back(mut self) {
-        if let Some(instance) = self.instance.take_if(|instance| self.pool.may_stay(instance)) {
-            self.pool.rest(instance);
+        if let Some(live) = self.live.take_if(|live| self.place.pool.may_stay(live)) {
+            self.place.pool.rest(live);
         }
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let Some(instance) = self.instance.take() {
-            self.pool.discard(instance);
+        if let Some(live) = self.live.take() {
+            self.place.pool.discard(live);
         }
     }
 }

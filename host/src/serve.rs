@@ -23,8 +23,11 @@ use crate::error::UserError;
 use crate::forwarded::Proxies;
 use crate::front::Front;
 use crate::listener::{self, Address, Inherited, Listener};
+use crate::machine;
+use crate::pool::Pools;
 use crate::sandbox::{self, Paths, Sandbox};
 use crate::scheduler::processors;
+use crate::state::StateFile;
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
 use crate::tls::{Tls, TlsFiles};
@@ -37,6 +40,8 @@ const DEFAULT_ADDRESS: &str = "127.0.0.1:8000";
 const MAX_HEAD: usize = 1 << 20;
 /// And none for targets goes beyond what a `Uri` can hold.
 const MAX_TARGET: usize = u16::MAX as usize - 1;
+/// Instances in reserve at most: each takes some GiB of addresses.
+const MAX_RESERVE: u32 = 8192;
 
 /// Runs the server until a signal ends it.
 ///
@@ -53,12 +58,14 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     let mounts = http.static_files.iter().map(|text| Mount::parse(text)).collect::<Result<Vec<_>, _>>()?;
     let access_log = AccessLog::open(http.access_log, http.access_log_file.as_deref())?.map(Arc::new);
     let plan = Plan::new(args, &cache)?;
+    let state = StateFile::open(plan.state.clone(), plan.control.is_some())?;
     let mut addresses = plan.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
     if addresses.is_empty() && inherited.is_empty() {
         addresses.push(Address::parse(DEFAULT_ADDRESS)?);
     }
     let connections = connections_that_fit(http.max_connections);
-    let engine = engine::runner(plan.instances)
+    let reserve = plan.reserve;
+    let engine = engine::runner(plan.instances.saturating_add(reserve))
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
     // Before the first thread: not all of it reaches those that run already.
@@ -71,9 +78,10 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .build()
         .context("failed to start the runtime")?;
     let (idle, rate) = (http.client_timeout.0, http.min_rate.0);
-    let shared = Arc::new(Shared::new(engine, cache, args.grants.code, idle, rate));
+    let pools = Pools::new(plan.instances, reserve, plan.memory);
+    let shared = Arc::new(Shared::new(engine, pools, cache, args.grants.code, idle, rate));
     let served = runtime.block_on(async {
-        let tenants = Tenants::start(shared, plan.source, plan.state).await?;
+        let tenants = Tenants::start(shared, plan.source, state).await?;
         let server = Server {
             limits: connection_limits(http),
             tls,
@@ -159,8 +167,7 @@ pub fn check(args: &CheckArgs) -> Result<()> {
             .remedy("name a file, or give `--schema`")
             .into());
     };
-    let config = config::load(file)?;
-    println!("{} is fine: {} tenants", file.display(), config.tenants.len());
+    println!("{} is fine: {} tenants", file.display(), config::check(file)?);
     Ok(())
 }
 
@@ -173,9 +180,13 @@ struct Plan {
     roots: Vec<PathBuf>,
     /// Instances that there is room for.
     instances: u32,
+    /// Further ones, for tenants that have none.
+    reserve: u32,
+    /// Memory of all tenants together.
+    memory: u64,
     source: Source,
-    /// Files whose change means that the source has to be read again.
-    watched: Vec<PathBuf>,
+    /// What the source reads, and whose change means that it has to be read again.
+    watched: Option<PathBuf>,
 }
 
 impl Plan {
@@ -183,32 +194,40 @@ impl Plan {
         let bind = |configured: Vec<String>| {
             if args.bind.is_empty() { configured } else { args.bind.clone() }
         };
+        let (control, state) = (args.control.clone(), args.state.clone());
+        // Some for tenants that come later, and for versions that take over.
+        let reserve =
+            |tenants: usize| u32::try_from(tenants).unwrap_or(u32::MAX).saturating_add(64).min(MAX_RESERVE);
         if let Some(path) = args.config.clone() {
             let config = config::load(&path)?;
-            let state = config.state.unwrap_or_else(|| {
-                // In a directory of its own: the server may write there.
+            // In a directory of its own: the server may write there.
+            let beside = || {
                 let name = path.with_extension("json");
                 path.with_file_name("state").join(name.file_name().unwrap_or_default())
-            });
+            };
             return Ok(Plan {
                 bind: bind(config.bind),
-                control: config.control,
-                state: Some(state),
+                control: control.or(config.control),
+                state: Some(state.or(config.state).unwrap_or_else(beside)),
                 roots: config.roots,
                 instances: config.instances,
-                watched: vec![path.clone()],
+                reserve: reserve(config.tenants.len()),
+                memory: config.memory.unwrap_or_else(machine::memory_for_tenants),
+                watched: Some(path.clone()),
                 source: Box::new(move || Ok(config::load(&path)?.tenants)),
             });
         }
         if let Some(directory) = args.tenants.clone() {
-            config::load_directory(&directory)?;
+            let tenants = config::load_directory(&directory)?;
             return Ok(Plan {
                 bind: bind(Vec::new()),
-                control: None,
-                state: None,
+                control,
+                state: Some(state.unwrap_or_else(|| directory.join("state/wsgi-wasm.json"))),
                 roots: Vec::new(),
                 instances: config::DEFAULT_TOTAL_INSTANCES,
-                watched: vec![directory.clone()],
+                reserve: reserve(tenants.len()),
+                memory: machine::memory_for_tenants(),
+                watched: Some(directory.clone()),
                 source: Box::new(move || config::load_directory(&directory)),
             });
         }
@@ -228,18 +247,25 @@ impl Plan {
                 log_lines: args.log_lines,
                 queue: args.queue as usize,
                 queue_wait: args.queue_wait.0,
+                total_memory: Some(args.total_memory.map_or_else(
+                    || config::default_total_memory(tenant.limits.memory, args.instances.into()),
+                    |size| size.0,
+                )),
                 ..tenant.limits
             },
             ..tenant
         };
         Ok(Plan {
             bind: bind(Vec::new()),
-            control: None,
-            state: None,
+            control,
+            state,
             roots: Vec::new(),
             // As many again may stand prepared: see `Pool::prepare`.
             instances: u32::from(args.instances) * 2,
-            watched: Vec::new(),
+            reserve: 0,
+            // The app's own limit is what the user may have said otherwise.
+            memory: u64::MAX,
+            watched: None,
             source: Box::new(move || Ok(vec![tenant.clone()])),
         })
     }
@@ -249,7 +275,7 @@ impl Plan {
 /// has the configuration in it: whoever can write that grants himself all.
 fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Address]) -> Result<Paths> {
     let mut configured = Vec::new();
-    for path in &plan.watched {
+    if let Some(path) = &plan.watched {
         // Also where a link to it leads.
         for path in [Some(path.clone()), path.canonicalize().ok()].into_iter().flatten() {
             configured.push(if path.is_dir() { path } else { parent(&path) });
@@ -350,7 +376,7 @@ fn parent(path: &Path) -> PathBuf {
 /// What the server does besides answering.
 struct Work {
     control: Option<PathBuf>,
-    watched: Vec<PathBuf>,
+    watched: Option<PathBuf>,
     /// Time to finish what is running at the end.
     grace: Duration,
 }
@@ -370,7 +396,11 @@ async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>,
     if let Some(path) = &work.control {
         control::start(Arc::clone(&server.front.tenants), path)?;
     }
-    tokio::spawn(Arc::clone(&server.front.tenants).look_after(work.watched));
+    tokio::spawn(Arc::clone(&server.front.tenants).look_after());
+    if let Some(path) = work.watched {
+        let look = Box::new(move || config::stamps(&path));
+        tokio::spawn(Arc::clone(&server.front.tenants).watch(look));
+    }
     for listener in &listeners {
         announce(&format!("listening on {}", listener.url()));
     }
@@ -389,9 +419,11 @@ async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>,
         tokio::select! {
             _ = terminate.recv() => break,
             _ = interrupt.recv() => break,
+            // Not awaited: it may compile for longer than a signal to stop can wait.
             _ = reload.recv() => {
                 server.front.access_log.iter().for_each(|log| log.reopen());
-                server.front.tenants.reload_or_log().await;
+                let tenants = Arc::clone(&server.front.tenants);
+                tokio::spawn(async move { tenants.reload_or_log().await });
             }
         }
     }

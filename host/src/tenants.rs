@@ -9,12 +9,13 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail};
 use arc_swap::ArcSwap;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
+use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use wasmtime::Engine;
 
@@ -24,12 +25,16 @@ use crate::code::{Loader, Sharing};
 use crate::config::{HostPattern, TenantConfig};
 use crate::environ::path_info;
 use crate::failure::Failure;
-use crate::footprint::Footprint;
+use crate::footprint::{Footprint, Together};
 use crate::guest_log::LineBudget;
 use crate::handler::{self, App, RequestLimits};
+use crate::instance::TenantFull;
+use crate::key_derivation::Derivations;
+use crate::network::NetworkGrants;
 use crate::pool::{Pool, PoolSettings, Pools};
 use crate::request_id::RequestId;
 use crate::scheduler::{Scheduler, Share, processors};
+use crate::state::{Rejected, Stamp, State, StateFile, stamp};
 use crate::static_files;
 
 /// Failures that are kept for `ctl errors`.
@@ -64,16 +69,18 @@ pub struct Shared {
 }
 
 impl Shared {
-    /// What tenants on `engine` share.
+    /// What tenants on `engine` share, which has room for the instances of
+    /// `pools`.
     pub fn new(
         engine: Engine,
+        pools: Arc<Pools>,
         cache: Cache,
         sharing: Option<Sharing>,
         client_idle: Duration,
         min_rate: u64,
     ) -> Shared {
         let loader = Loader::new(&engine, &cache);
-        let (scheduler, pools) = (Scheduler::new(), Arc::default());
+        let scheduler = Scheduler::new();
         Shared { engine, cache, loader, sharing, scheduler, pools, client_idle, min_rate }
     }
 }
@@ -86,42 +93,142 @@ pub struct Tenant {
     pub app: Arc<App>,
     /// Directories whose files are served without the app, below its path.
     mounts: Vec<static_files::Mount>,
-    share: Arc<Share>,
+    books: Books,
     /// The app's file when it was loaded.
     stamp: Stamp,
+    /// A copy of it that lasts.
+    copy: Option<PathBuf>,
     loaded_at: SystemTime,
     /// What outlives a version.
     record: Arc<Record>,
-    rate: Option<RateLimit>,
     crashes: Crashes,
 }
 
-/// What is known of a tenant over all its versions.
+/// What is counted of a tenant against its limits. Versions of the same limits
+/// share them: while one takes over from another a tenant has no more than at
+/// other times, and no change fills its budgets up.
+#[derive(Clone)]
+pub struct Books {
+    /// Its use of the processors.
+    pub share: Arc<Share>,
+    /// What it holds of the host's memory.
+    pub footprint: Arc<Footprint>,
+    /// What it may reach on the network, and how far it does.
+    pub network: Arc<NetworkGrants>,
+    /// What it may log.
+    pub log: Arc<LineBudget>,
+    /// Its part in the key derivations.
+    pub derivations: Arc<Derivations>,
+    rate: Option<Arc<RateLimit>>,
+}
+
+impl Books {
+    /// Books for `config`: those of the version `before` as far as it had the
+    /// same limits.
+    pub fn new(
+        config: &TenantConfig,
+        scheduler: &Arc<Scheduler>,
+        all: &Arc<Together>,
+        before: Option<(&TenantConfig, &Books)>,
+    ) -> Books {
+        let kept = |same: fn(&TenantConfig, &TenantConfig) -> bool| {
+            before.filter(|(before, _)| same(before, config)).map(|(_, books)| books.clone())
+        };
+        let limits = &config.limits;
+        // What one of them counts is charged to another, so they stay together.
+        let same = kept(|a, b| {
+            a.weight == b.weight
+                && a.limits.cpu_per_minute == b.limits.cpu_per_minute
+                && a.limits.total_memory == b.limits.total_memory
+        });
+        let (share, footprint, derivations) = same.map_or_else(
+            || {
+                let share = Share::new(config.weight, limits.cpu_per_minute);
+                let footprint = Footprint::within(limits.total_memory, &share, all);
+                let derivations =
+                    Derivations::new(Arc::clone(&share), Arc::clone(scheduler), Arc::clone(&footprint));
+                (share, footprint, Arc::new(derivations))
+            },
+            |books| (books.share, books.footprint, books.derivations),
+        );
+        Books {
+            share,
+            footprint,
+            derivations,
+            network: kept(|a, b| a.network == b.network && a.traffic == b.traffic).map_or_else(
+                || Arc::new(NetworkGrants::new(config.network.clone(), config.traffic)),
+                |books| books.network,
+            ),
+            log: kept(|a, b| a.limits.log_lines == b.limits.log_lines)
+                .map_or_else(|| Arc::new(LineBudget::new(limits.log_lines)), |books| books.log),
+            rate: kept(|a, b| a.limits.requests_per_second == b.limits.requests_per_second).map_or_else(
+                || limits.requests_per_second.map(|rate| Arc::new(RateLimit::new(rate))),
+                |books| books.rate,
+            ),
+        }
+    }
+}
+
+/// What is known of a tenant over all its versions, and before the first.
 pub struct Record {
     suspended: AtomicBool,
+    /// Told when it takes requests again.
+    resumed: Notify,
     requests: AtomicU64,
     failures: AtomicU64,
     errors: Mutex<VecDeque<ErrorRecord>>,
     /// How many failures are logged.
     log: LineBudget,
+    /// What the source asked for last.
+    asked: Mutex<Option<Asked>>,
     /// The version before, for a rollback.
     previous: Mutex<Option<Arc<Tenant>>>,
+    /// The instances of all versions that there still are.
+    pools: Mutex<Vec<Weak<Pool>>>,
     /// One change at a time. Not one for all tenants: a version that takes
     /// minutes to compile must not hold up the others'.
     changing: tokio::sync::Mutex<()>,
 }
 
-impl Default for Record {
-    fn default() -> Record {
+/// What the source asked for. It is tried once, and again only when it is
+/// something else: what was rolled back from does not come back by itself.
+#[derive(Clone)]
+struct Asked {
+    /// What the configuration says.
+    config: TenantConfig,
+    /// The app: that of the configuration, or one that was deployed.
+    app: PathBuf,
+    /// The app's file at that time.
+    stamp: Stamp,
+    /// Whether it was tried in vain.
+    has_failed: bool,
+}
+
+impl Record {
+    fn new(is_suspended: bool) -> Record {
         Record {
-            suspended: AtomicBool::default(),
+            suspended: AtomicBool::new(is_suspended),
+            resumed: Notify::new(),
             requests: AtomicU64::default(),
             failures: AtomicU64::default(),
             errors: Mutex::default(),
             log: LineBudget::new(LOGGED_FAILURES),
+            asked: Mutex::default(),
             previous: Mutex::default(),
+            pools: Mutex::default(),
             changing: tokio::sync::Mutex::default(),
         }
+    }
+
+    /// The instances of all versions.
+    fn pools(&self) -> Vec<Arc<Pool>> {
+        let mut pools = lock(&self.pools);
+        pools.retain(|pool| pool.strong_count() > 0);
+        pools.iter().filter_map(Weak::upgrade).collect()
+    }
+
+    fn requests_in_work(&self) -> usize {
+        self.pools().iter().map(|pool| pool.usage().0).sum()
     }
 }
 
@@ -136,23 +243,26 @@ pub struct ErrorRecord {
     pub error: String,
 }
 
-/// Size and time of a file; changes when the file does.
-type Stamp = Option<(u64, SystemTime)>;
-
-fn stamp(path: &Path) -> Stamp {
-    let metadata = std::fs::metadata(path).ok()?;
-    Some((metadata.len(), metadata.modified().ok()?))
-}
-
 impl Tenant {
     /// Loads a version and makes sure that it answers. Blocks for as long as
     /// that takes, which is seconds if the code has to be compiled.
-    fn load(shared: &Shared, config: TenantConfig, record: Arc<Record>) -> Result<Tenant> {
-        let share = Share::new(config.weight, config.limits.cpu_per_minute);
+    fn load(
+        shared: &Shared,
+        state: &StateFile,
+        config: TenantConfig,
+        books: Books,
+        record: Arc<Record>,
+    ) -> Result<Tenant> {
         let stamp = stamp(&config.app);
-        let footprint = Footprint::of(&share, config.limits.total_memory);
-        let app::Loaded { program, grants, mounts } =
-            app::load_artifact(shared, &config, Arc::clone(&share), Arc::clone(&footprint))?;
+        let app::Loaded { program, grants, mounts, digest } = app::load_artifact(shared, &config, &books)?;
+        let copy = if state.is_copy(&config.app) {
+            Some(config.app.clone())
+        } else {
+            state.keep(&config.app, &digest, stamp).unwrap_or_else(|error| {
+                tracing::warn!(tenant = %config.name, "a rollback to this version would not last: {error:#}");
+                None
+            })
+        };
         let settings = PoolSettings {
             instances: config.instances.max,
             spare: config.instances.min,
@@ -170,14 +280,15 @@ impl Tenant {
             client_idle: shared.client_idle,
             rate: shared.min_rate,
         };
-        let app =
-            Arc::new(App { pool: Pool::new(&shared.pools, program, grants, settings), limits, footprint });
+        let pool = Pool::new(&shared.pools, program, grants, settings);
+        lock(&record.pools).push(Arc::downgrade(&pool));
+        let footprint = Arc::clone(&books.footprint);
         Ok(Tenant {
-            rate: config.limits.requests_per_second.map(RateLimit::new),
-            app,
+            app: Arc::new(App { pool, limits, footprint }),
             mounts,
-            share,
+            books,
             stamp,
+            copy,
             loaded_at: SystemTime::now(),
             record,
             crashes: Crashes::default(),
@@ -188,11 +299,18 @@ impl Tenant {
     /// Starts an instance and asks the health request, if there is one. The
     /// instance stays if requests are expected at once.
     async fn prove(&self, is_expected: bool) -> Result<()> {
-        self.app
-            .pool
-            .warm()
-            .await
-            .map_err(|error| app::refuse_start(&self.config.name, self.config.limits.memory, &error))?;
+        let warm = match self.app.pool.warm().await {
+            // Versions share one number. Those that rest of the one before go
+            // at once, and not only when this one has taken its place.
+            Err(error) if error.is::<TenantFull>() => {
+                for pool in self.record.pools() {
+                    pool.clear();
+                }
+                self.app.pool.warm().await
+            }
+            warm => warm,
+        };
+        warm.map_err(|error| app::refuse_start(&self.config.name, self.config.limits.memory, &error))?;
         if let Some(path) = &self.config.health {
             let status = handler::probe(&self.app, path).await;
             match status {
@@ -219,10 +337,10 @@ impl Tenant {
         if let Some(seconds) = self.crashes.waits() {
             return Err(Failure::CrashLoop(seconds));
         }
-        if let Some(seconds) = self.share.exhausted() {
+        if let Some(seconds) = self.books.share.exhausted() {
             return Err(Failure::BudgetExhausted(seconds));
         }
-        if self.rate.as_ref().is_some_and(|rate| !rate.take()) {
+        if self.books.rate.as_ref().is_some_and(|rate| !rate.take()) {
             return Err(Failure::TooManyRequests);
         }
         self.record.requests.fetch_add(1, Ordering::Relaxed);
@@ -258,10 +376,6 @@ impl Tenant {
     /// client can provoke them as fast as it can ask.
     pub fn may_log(&self) -> Option<u64> {
         self.record.log.take()
-    }
-
-    fn has_changed(&self) -> bool {
-        stamp(&self.config.app) != self.stamp
     }
 }
 
@@ -352,8 +466,6 @@ struct Mount {
 #[derive(Clone)]
 struct Unloaded {
     config: TenantConfig,
-    /// The app's file at that time.
-    stamp: Stamp,
     error: String,
 }
 
@@ -434,28 +546,30 @@ fn host_name(host: &str) -> std::borrow::Cow<'_, str> {
 pub struct Tenants {
     shared: Arc<Shared>,
     table: ArcSwap<Table>,
+    /// All that the source names, loaded or not.
+    records: Mutex<BTreeMap<String, Arc<Record>>>,
     all: Mutex<BTreeMap<String, Arc<Tenant>>>,
     /// Versions that were not taken into use, by their tenants' names.
     unloaded: Mutex<BTreeMap<String, Unloaded>>,
     /// The source is read by one at a time.
     reading: tokio::sync::Mutex<()>,
     source: Source,
-    state_file: Option<PathBuf>,
-    /// Held while the state's file is changed.
-    saving: Mutex<()>,
+    state: StateFile,
+    /// Held by all who make copies of apps, and by the one who removes some.
+    copying: tokio::sync::RwLock<()>,
+}
+
+/// What the source is read from, as it is now.
+pub type Watch = Box<dyn Fn() -> Vec<(PathBuf, Stamp)> + Send + Sync>;
+
+fn interval() -> tokio::time::Interval {
+    let mut interval = tokio::time::interval(WATCH_INTERVAL);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    interval
 }
 
 /// Where the tenants come from, to be read again when it changes.
 pub type Source = Box<dyn Fn() -> Result<Vec<TenantConfig>> + Send + Sync>;
-
-/// What `ctl` has changed, kept over a restart.
-#[derive(Clone, Debug, Default, Serialize, Deserialize)]
-#[serde(default)]
-struct SavedState {
-    suspended: Vec<String>,
-    /// Apps that were deployed in place of the configured ones.
-    apps: BTreeMap<String, PathBuf>,
-}
 
 /// What `ctl list` shows of a tenant.
 #[derive(Clone, Debug, Serialize)]
@@ -476,26 +590,24 @@ pub struct Status {
 }
 
 impl Tenants {
-    /// The tenants that `source` names. One that can not be loaded does not
-    /// keep others from being served.
+    /// The tenants that `source` names, as far as `state` does not say
+    /// otherwise. One that can not be loaded does not keep others from being
+    /// served.
     ///
     /// # Errors
     ///
     /// If the source can not be read, or none of its tenants can be loaded.
-    pub async fn start(
-        shared: Arc<Shared>,
-        source: Source,
-        state_file: Option<PathBuf>,
-    ) -> Result<Arc<Tenants>> {
+    pub async fn start(shared: Arc<Shared>, source: Source, state: StateFile) -> Result<Arc<Tenants>> {
         let tenants = Arc::new(Tenants {
             shared,
             table: ArcSwap::default(),
+            records: Mutex::default(),
             all: Mutex::default(),
             unloaded: Mutex::default(),
             reading: tokio::sync::Mutex::default(),
             source,
-            state_file,
-            saving: Mutex::default(),
+            state,
+            copying: tokio::sync::RwLock::default(),
         });
         tenants.reload().await?;
         let unloaded = lock(&tenants.unloaded).clone();
@@ -518,10 +630,19 @@ impl Tenants {
 
     /// Waits until no tenant has a request in work.
     pub async fn drained(&self) {
-        let all: Vec<_> = lock(&self.all).values().cloned().collect();
-        for tenant in all {
-            tenant.app.pool.drained().await;
+        let records: Vec<_> = lock(&self.records).values().cloned().collect();
+        for pool in records.iter().flat_map(|record| record.pools()) {
+            pool.drained().await;
         }
+    }
+
+    /// Does what may wait for a disk off the runtime's threads.
+    async fn off_thread<T: Send + 'static>(
+        self: &Arc<Self>,
+        work: impl FnOnce(&Tenants) -> T + Send + 'static,
+    ) -> Result<T> {
+        let tenants = Arc::clone(self);
+        tokio::task::spawn_blocking(move || work(&tenants)).await.context("ended with a panic")
     }
 
     /// Reads the source again, and loads what is new or has changed.
@@ -531,9 +652,14 @@ impl Tenants {
     /// If the source can not be read; then nothing changes.
     pub async fn reload(self: &Arc<Self>) -> Result<()> {
         let _one = self.reading.lock().await;
-        let wanted = (self.source)()?;
+        let wanted = self.off_thread(|tenants| (tenants.source)()).await??;
         let names: BTreeSet<String> = wanted.iter().map(|config| config.name.clone()).collect();
         let is_only = wanted.len() == 1;
+        let suspended = self.state.get().suspended;
+        for name in &names {
+            let new = || Arc::new(Record::new(suspended.contains(name)));
+            lock(&self.records).entry(name.clone()).or_insert_with(new);
+        }
         let mut loading = JoinSet::new();
         for config in wanted {
             if loading.len() >= processors() {
@@ -543,6 +669,7 @@ impl Tenants {
             loading.spawn(async move { tenants.follow(config, is_only).await });
         }
         while loading.join_next().await.is_some() {}
+        lock(&self.records).retain(|name, _| names.contains(name));
         for (_, removed) in lock(&self.all).extract_if(.., |name, _| !names.contains(name)) {
             // The two refer to each other: neither would ever go.
             lock(&removed.record.previous).take();
@@ -550,30 +677,40 @@ impl Tenants {
         }
         lock(&self.unloaded).retain(|name, _| names.contains(name));
         self.publish();
+        self.sweep().await;
         Ok(())
     }
 
     /// Makes a tenant what `config` and what `ctl` has changed say.
-    async fn follow(self: &Arc<Self>, mut config: TenantConfig, is_only: bool) {
-        let record = lock(&self.all).get(&config.name).map(|known| Arc::clone(&known.record));
-        let record = record.unwrap_or_default();
+    async fn follow(self: &Arc<Self>, config: TenantConfig, is_only: bool) {
+        let name = config.name.clone();
+        let Ok(record) = self.record(&name) else { return };
         let _one = record.changing.lock().await;
-        let state = self.saved_state();
-        if let Some(app) = state.apps.get(&config.name) {
-            config.app.clone_from(app);
-        }
-        let known = lock(&self.all).get(&config.name).cloned();
-        if known.is_some_and(|known| known.config == config && !known.has_changed()) {
-            // What `ctl` tried in vain is not what is asked for here.
-            if let Some(unloaded) = lock(&self.unloaded).get_mut(&config.name) {
-                unloaded.stamp = stamp(&unloaded.config.app);
-            }
+        let state = self.state.get();
+        let app = state.apps.get(&name).unwrap_or(&config.app).clone();
+        let looked_at = app.clone();
+        let Ok(stamp) = self.off_thread(move |_| stamp(&looked_at)).await else { return };
+        let before = lock(&record.asked).clone();
+        if before.is_some_and(|before| {
+            !before.has_failed && before.config == config && before.app == app && before.stamp == stamp
+        }) {
             return;
         }
-        let name = config.name.clone();
-        record.suspended.store(state.suspended.contains(&name), Ordering::Relaxed);
-        if let Err(error) = self.replace(config, Arc::clone(&record), is_only).await {
+        let mut asked = Asked { config: config.clone(), app: app.clone(), stamp, has_failed: false };
+        let rejected = state.rejected.get(&name);
+        let is_rejected = rejected.is_some_and(|rejected| rejected.app == app && rejected.stamp == stamp);
+        let app = rejected.filter(|_| is_rejected).map_or(app, |rejected| rejected.instead.clone());
+        let replaced = self.replace(TenantConfig { app, ..config }, Arc::clone(&record), is_only).await;
+        asked.has_failed = replaced.is_err();
+        *lock(&record.asked) = Some(asked);
+        if let Err(error) = replaced {
             tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+        } else if rejected.is_some() && !is_rejected {
+            let forgotten = name.clone();
+            let saved = self.save(move |state| drop(state.rejected.remove(&forgotten))).await;
+            if let Err(error) = saved {
+                tracing::warn!(tenant = %name, "{error:#}");
+            }
         }
     }
 
@@ -584,22 +721,28 @@ impl Tenants {
         config: TenantConfig,
         record: Arc<Record>,
         is_expected: bool,
-    ) -> Result<()> {
+    ) -> Result<Arc<Tenant>> {
+        let _copying = self.copying.read().await;
         let name = config.name.clone();
-        let is_expected = is_expected || lock(&self.all).contains_key(&name);
-        let (attempt, stamp) = (config.clone(), stamp(&config.app));
-        let shared = Arc::clone(&self.shared);
+        let before = lock(&self.all).get(&name).cloned();
+        let is_expected = is_expected || before.is_some();
+        let known = before.as_ref().map(|before| (&before.config, &before.books));
+        let books = Books::new(&config, &self.shared.scheduler, self.shared.pools.memory(), known);
+        let attempt = config.clone();
         let loading = Arc::clone(&record);
         // Loading reads and compiles; that must not hold up requests.
-        let loaded = tokio::task::spawn_blocking(move || Tenant::load(&shared, config, loading))
+        let loaded = self
+            .off_thread(move |tenants| Tenant::load(&tenants.shared, &tenants.state, config, books, loading))
             .await
-            .context("loading ended with a panic")
             .and_then(std::convert::identity);
         let proved = match loaded {
             Ok(tenant) => tenant.prove(is_expected).await.map(|()| tenant),
             Err(error) => Err(error),
         };
         match proved {
+            Ok(_) if !self.record(&name).is_ok_and(|known| Arc::ptr_eq(&known, &record)) => {
+                bail!("the tenant is not there any more")
+            }
             Ok(tenant) => {
                 let tenant = Arc::new(tenant);
                 let before = lock(&self.all).insert(name.clone(), Arc::clone(&tenant));
@@ -610,26 +753,46 @@ impl Tenants {
                 }
                 *lock(&tenant.record.previous) = before;
                 tracing::info!(tenant = %name, "serving {}", tenant.config.app.display());
-                Ok(())
+                Ok(tenant)
             }
             Err(error) => {
                 let text = format!("{error:#}");
                 record.fail(None, text.clone());
-                lock(&self.unloaded).insert(name, Unloaded { config: attempt, stamp, error: text });
+                lock(&self.unloaded).insert(name, Unloaded { config: attempt, error: text });
                 Err(error)
             }
         }
+    }
+
+    /// Changes the state, and returns when that lasts.
+    async fn save(self: &Arc<Self>, change: impl FnOnce(&mut State) + Send + 'static) -> Result<()> {
+        self.off_thread(|tenants| tenants.state.change(change)).await?
+    }
+
+    /// Removes the copies of apps that no rollback can return to any more.
+    async fn sweep(self: &Arc<Self>) {
+        // Those who make copies now will see to it.
+        let Ok(_copying) = self.copying.try_write() else { return };
+        let all: Vec<_> = lock(&self.all).values().cloned().collect();
+        let previous = all.iter().filter_map(|tenant| lock(&tenant.record.previous).clone());
+        let in_use = all.iter().cloned().chain(previous).filter_map(|tenant| tenant.copy.clone()).collect();
+        let _ = self.off_thread(move |tenants| tenants.state.sweep(&in_use)).await;
     }
 
     fn publish(&self) {
         self.table.store(Arc::new(Table::new(&lock(&self.all), &lock(&self.unloaded))));
     }
 
-    fn get(&self, name: &str) -> Result<Arc<Tenant>> {
-        match lock(&self.all).get(name) {
-            Some(tenant) => Ok(Arc::clone(tenant)),
+    /// What is known of the tenant `name`, loaded or not.
+    fn record(&self, name: &str) -> Result<Arc<Record>> {
+        match lock(&self.records).get(name) {
+            Some(record) => Ok(Arc::clone(record)),
             None => bail!("there is no tenant `{name}`"),
         }
+    }
+
+    fn serving(&self, name: &str) -> Option<Arc<Tenant>> {
+        lock(&self.all).get(name).cloned()
     }
 
     /// What there is to say of each tenant.
@@ -638,7 +801,7 @@ impl Tenants {
         let mut list: Vec<Status> = lock(&self.all)
             .values()
             .map(|tenant| {
-                let (in_work, resting) = tenant.app.pool.usage();
+                let (_, resting) = tenant.app.pool.usage();
                 let since = tenant.loaded_at.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
                 Status {
                     name: tenant.config.name.clone(),
@@ -654,24 +817,28 @@ impl Tenants {
                     loaded_at: since,
                     requests: tenant.record.requests.load(Ordering::Relaxed),
                     failures: tenant.record.failures.load(Ordering::Relaxed),
-                    in_work,
+                    in_work: tenant.record.requests_in_work(),
                     resting,
                     memory: tenant.app.footprint.held(),
-                    cpu_seconds: tenant.share.used().as_secs_f64(),
+                    cpu_seconds: tenant.books.share.used().as_secs_f64(),
                     error: unloaded.get(&tenant.config.name).map(|unloaded| unloaded.error.clone()),
                 }
             })
             .collect();
         for (name, Unloaded { config, error, .. }) in unloaded {
             if !list.iter().any(|status| status.name == name) {
+                let record = self.record(&name).ok();
+                let count = |of: fn(&Record) -> &AtomicU64| {
+                    record.as_ref().map_or(0, |record| of(record).load(Ordering::Relaxed))
+                };
                 list.push(Status {
                     name,
                     state: "failed",
                     app: config.app,
                     path: config.path,
                     loaded_at: 0,
-                    requests: 0,
-                    failures: 0,
+                    requests: count(|record| &record.requests),
+                    failures: count(|record| &record.failures),
                     in_work: 0,
                     resting: 0,
                     memory: 0,
@@ -689,7 +856,7 @@ impl Tenants {
     ///
     /// If there is no such tenant.
     pub fn errors(&self, name: &str) -> Result<Vec<ErrorRecord>> {
-        Ok(lock(&self.get(name)?.record.errors).iter().cloned().collect())
+        Ok(lock(&self.record(name)?.errors).iter().cloned().collect())
     }
 
     /// Refuses a tenant's requests, or takes them again.
@@ -697,48 +864,75 @@ impl Tenants {
     /// # Errors
     ///
     /// If there is no such tenant, or the state can not be saved.
-    pub fn suspend(&self, name: &str, suspended: bool) -> Result<()> {
-        let tenant = self.get(name)?;
-        self.save_state(|state| {
-            state.suspended.retain(|other| other != name);
+    pub async fn suspend(self: &Arc<Self>, name: &str, suspended: bool) -> Result<()> {
+        let record = self.record(name)?;
+        let tenant = name.to_owned();
+        self.save(move |state| {
+            state.suspended.retain(|other| *other != tenant);
             if suspended {
-                state.suspended.push(name.to_owned());
+                state.suspended.push(tenant);
             }
-        })?;
-        tenant.record.suspended.store(suspended, Ordering::Relaxed);
+        })
+        .await?;
+        record.suspended.store(suspended, Ordering::Relaxed);
+        if !suspended {
+            record.resumed.notify_waiters();
+        }
         Ok(())
     }
 
-    /// Lets the app in `app` take the place of the tenant's.
+    /// Lets the app in `app` take the place of the tenant's, also of one that
+    /// could not be loaded.
     ///
     /// # Errors
     ///
     /// If there is no such tenant, or the new app does not start or answer.
     pub async fn deploy(self: &Arc<Self>, name: &str, app: &Path) -> Result<()> {
-        let record = Arc::clone(&self.get(name)?.record);
+        let record = self.record(name)?;
         let _one = record.changing.lock().await;
-        let tenant = self.get(name)?;
-        if !app.is_file() {
+        let asked = lock(&record.asked).clone();
+        let config = match (self.serving(name), &asked) {
+            (Some(tenant), _) => tenant.config.clone(),
+            (None, Some(asked)) => asked.config.clone(),
+            (None, None) => bail!("there is no tenant `{name}`"),
+        };
+        let path = app.to_path_buf();
+        if !self.off_thread(move |_| path.is_file()).await? {
             bail!("there is no app `{}`", app.display());
         }
-        let config = TenantConfig { app: app.to_path_buf(), ..tenant.config.clone() };
-        self.replace(config, Arc::clone(&record), true).await?;
-        self.save_state(|state| drop(state.apps.insert(name.to_owned(), app.to_path_buf())))
+        let config = TenantConfig { app: app.to_path_buf(), ..config };
+        let tenant = self.replace(config, Arc::clone(&record), true).await?;
+        let (app, stamp) = (app.to_path_buf(), tenant.stamp);
+        *lock(&record.asked) =
+            asked.map(|asked| Asked { app: app.clone(), stamp, has_failed: false, ..asked });
+        let name = name.to_owned();
+        self.save(move |state| {
+            state.rejected.remove(&name);
+            state.apps.insert(name, app);
+        })
+        .await?;
+        self.sweep().await;
+        Ok(())
     }
 
-    /// Lets the version before take its place again.
+    /// Lets the version before take its place again. What the source asks for
+    /// is not tried again until it is something else.
     ///
     /// # Errors
     ///
     /// If there is no such tenant, or no version before.
     pub async fn roll_back(self: &Arc<Self>, name: &str) -> Result<()> {
-        let record = Arc::clone(&self.get(name)?.record);
+        let record = self.record(name)?;
         let _one = record.changing.lock().await;
-        let tenant = self.get(name)?;
-        let Some(previous) = lock(&tenant.record.previous).clone() else {
+        let previous = lock(&record.previous).clone();
+        let (Some(tenant), Some(previous), Some(asked)) =
+            (self.serving(name), previous, lock(&record.asked).clone())
+        else {
             bail!("there is no version of `{name}` before this one");
         };
-        self.save_state(|state| drop(state.apps.insert(name.to_owned(), previous.config.app.clone())))?;
+        let back = Arc::clone(&previous);
+        let asked = self.off_thread(move |tenants| tenants.reject(asked, &back)).await??;
+        *lock(&record.asked) = Some(asked);
         previous.app.pool.retire(false);
         lock(&self.all).insert(name.to_owned(), previous);
         self.publish();
@@ -747,67 +941,97 @@ impl Tenants {
         Ok(())
     }
 
+    /// Notes that `previous` is wanted in place of what is asked for, and
+    /// returns what is asked for then. Blocks on the disk.
+    fn reject(&self, asked: Asked, previous: &Tenant) -> Result<Asked> {
+        let (name, app) = (&previous.config.name, &previous.config.app);
+        let is_deployed = *app != asked.config.app && !self.state.is_copy(app);
+        let mut asked = Asked { has_failed: false, ..asked };
+        self.state.change(|state| {
+            // A deployment is undone; what the configuration names is not.
+            if let Some(deployed) = state.apps.get_mut(name).filter(|_| is_deployed) {
+                deployed.clone_from(app);
+            } else {
+                state.apps.remove(name);
+            }
+            asked.app.clone_from(state.apps.get(name).unwrap_or(&asked.config.app));
+            asked.stamp = stamp(&asked.app);
+            let is_another = *app != asked.app || previous.stamp != asked.stamp;
+            let instead = previous.copy.as_ref().or(Some(app).filter(|app| **app != asked.app));
+            match instead.filter(|_| is_another) {
+                Some(instead) => {
+                    let instead = instead.clone();
+                    let rejected = Rejected { app: asked.app.clone(), stamp: asked.stamp, instead };
+                    state.rejected.insert(name.clone(), rejected);
+                }
+                None => drop(state.rejected.remove(name)),
+            }
+        })?;
+        Ok(asked)
+    }
+
     /// Refuses a tenant's requests from now on, and returns when those in work
     /// are done and its instances gone.
     ///
     /// # Errors
     ///
-    /// As for [`Tenants::suspend`].
-    pub async fn drain(&self, name: &str) -> Result<()> {
-        self.suspend(name, true)?;
-        let tenant = self.get(name)?;
-        tenant.app.pool.drained().await;
-        tenant.app.pool.clear();
-        Ok(())
-    }
-
-    fn saved_state(&self) -> SavedState {
-        let text = self.state_file.as_ref().and_then(|path| std::fs::read(path).ok());
-        text.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default()
-    }
-
-    fn save_state(&self, change: impl FnOnce(&mut SavedState)) -> Result<()> {
-        let Some(path) = &self.state_file else { return Ok(()) };
-        let _one = lock(&self.saving);
-        let mut state = self.saved_state();
-        change(&mut state);
-        let directory = path.parent().unwrap_or(Path::new("."));
-        let mut file = tempfile::NamedTempFile::new_in(directory)
-            .with_context(|| format!("failed to write in `{}`", directory.display()))?;
-        std::io::Write::write_all(&mut file, &serde_json::to_vec_pretty(&state)?)?;
-        file.as_file().sync_all()?;
-        file.persist(path).with_context(|| format!("failed to write `{}`", path.display()))?;
+    /// As for [`Tenants::suspend`], or if it is resumed meanwhile.
+    pub async fn drain(self: &Arc<Self>, name: &str) -> Result<()> {
+        let record = self.record(name)?;
+        let mut resumed = std::pin::pin!(record.resumed.notified());
+        resumed.as_mut().enable();
+        self.suspend(name, true).await?;
+        for pool in record.pools() {
+            tokio::select! {
+                () = pool.drained() => pool.clear(),
+                () = &mut resumed => bail!("`{name}` was resumed before it was drained"),
+            }
+        }
         Ok(())
     }
 
     /// Looks after the tenants until the server ends: drops instances that
-    /// have rested for too long, and reloads when an app or `watched` changes.
-    pub async fn look_after(self: Arc<Self>, watched: Vec<PathBuf>) {
-        let stamps = || watched.iter().map(|path| stamp(path)).collect::<Vec<_>>();
-        let mut seen = stamps();
-        let mut interval = tokio::time::interval(WATCH_INTERVAL);
-        interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    /// have rested for too long.
+    pub async fn look_after(self: Arc<Self>) {
+        let mut interval = interval();
         loop {
             interval.tick().await;
             let all: Vec<_> = lock(&self.all).values().cloned().collect();
             for tenant in &all {
                 tenant.app.pool.trim(tenant.config.instances.idle);
             }
-            let changed = !watched.is_empty() && self.an_app_has_changed(&all);
-            let now = stamps();
-            if now != seen || changed {
-                seen = now;
+        }
+    }
+
+    /// Reloads when an app or what `seen` looks at changes, until the server
+    /// ends.
+    pub async fn watch(self: Arc<Self>, seen: Watch) {
+        let seen = Arc::new(seen);
+        let mut before = None;
+        let mut interval = interval();
+        loop {
+            interval.tick().await;
+            let look = Arc::clone(&seen);
+            let Ok((now, an_app_has_changed)) =
+                self.off_thread(move |tenants| (look(), tenants.an_app_has_changed())).await
+            else {
+                continue;
+            };
+            let is_same = before.replace(now.clone()).is_none_or(|before| before == now);
+            if !is_same || an_app_has_changed {
                 self.reload_or_log().await;
             }
         }
     }
 
-    /// Whether there is an app that has not been tried as it is now.
-    fn an_app_has_changed(&self, all: &[Arc<Tenant>]) -> bool {
-        let tried = lock(&self.unloaded).clone();
-        let is_new = |unloaded: &Unloaded| stamp(&unloaded.config.app) != unloaded.stamp;
-        tried.values().any(is_new)
-            || all.iter().any(|tenant| !tried.contains_key(&tenant.config.name) && tenant.has_changed())
+    /// Whether there is an app that has not been tried as it is now. Blocks on
+    /// the disk.
+    fn an_app_has_changed(&self) -> bool {
+        let records: Vec<_> = lock(&self.records).values().cloned().collect();
+        records
+            .iter()
+            .filter_map(|record| lock(&record.asked).clone())
+            .any(|asked| stamp(&asked.app) != asked.stamp)
     }
 
     /// Reloads; a source that can not be read changes nothing but the log.

@@ -1,6 +1,7 @@
 use std::fs;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use serde_json::Value;
 
@@ -17,6 +18,10 @@ impl Platform {
     fn start(config: &str) -> Platform {
         let directory = tempfile::tempdir().unwrap();
         write_config(directory.path(), config);
+        Platform::start_in(directory)
+    }
+
+    fn start_in(directory: tempfile::TempDir) -> Platform {
         let server = Server::spawn(
             wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(path_in(&directory)),
         );
@@ -33,6 +38,12 @@ impl Platform {
     fn ctl(&self, arguments: &[&str]) -> Finished {
         let control = format!("unix:{}", self.directory.path().join("control.sock").display());
         run(wsgi_wasm().args(["ctl", "--control", &control]).args(arguments))
+    }
+
+    /// Stops the server, and starts it again with what it left.
+    fn restart(self) -> Platform {
+        self.server.finish();
+        Platform::start_in(self.directory)
     }
 
     /// What `ctl list` says of the tenant `name`.
@@ -199,11 +210,7 @@ fn tenants_are_suspended_and_resumed_and_it_lasts() {
     assert_eq!(platform.get("two.example", "/hello").status, 503);
     assert_eq!(platform.status("two")["state"], "suspended");
     platform.ctl(&["suspend", "nobody"]).refused(&["nobody"]);
-    platform.server.finish();
-
-    let config = path_in(&platform.directory);
-    let server = Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(config));
-    let platform = Platform { directory: platform.directory, server };
+    let platform = platform.restart();
     assert_eq!(platform.get("two.example", "/hello").status, 503, "also after a restart");
     platform.ctl(&["resume", "two"]).success();
     assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
@@ -258,6 +265,31 @@ fn a_tenants_memory_is_one_number_and_bounded() {
     platform.ctl(&["drain", "two"]).success();
     assert_eq!(held(), 0);
     platform.server.finish();
+}
+
+#[test]
+fn one_app_too_has_a_bound_of_memory_and_a_control_socket() {
+    let directory = tempfile::tempdir().unwrap();
+    let control = format!("unix:{}", directory.path().join("control.sock").display());
+    let options = ["--instances", "4", "--memory", "64MiB", "--total-memory", "38MiB", "--control", &control];
+    let platform = Platform { server: Server::start("behaviours", &options), directory };
+    let mut busy = [platform.server.connect(), platform.server.connect()];
+    for connection in &mut busy {
+        connection.send("GET /sleep?2 HTTP/1.1\r\nHost: x\r\n\r\n");
+    }
+    wait_until(|| platform.status("behaviours")["in_work"] == 2);
+    assert_eq!(platform.get("x", "/hello").status, 503);
+    platform.server.wait_for_log(&["holds as much memory as it may"]);
+    for mut connection in busy {
+        connection.read_response("GET").ok();
+    }
+    platform.ctl(&["suspend", "behaviours"]).success();
+    assert_eq!(platform.get("x", "/hello").status, 503);
+    platform.ctl(&["resume", "behaviours"]).success();
+    assert_eq!(platform.get("x", "/hello").status, 200);
+    platform.server.finish();
+    run(wsgi_wasm().args(["serve", "app.wasm", "--control", "control.sock"]))
+        .refused(&["has to be `unix:PATH`"]);
 }
 
 #[test]
@@ -327,6 +359,316 @@ fn a_new_version_takes_over_only_if_it_answers() {
 }
 
 #[test]
+fn what_was_rolled_back_from_stays_away_until_it_changes() {
+    let config = "[[tenant]]\nname = \"app\"\napp = \"app.wasm\"\nhosts = [\"x\"]\n\
+                  [[tenant]]\nname = \"other\"\napp = \"APP\"\nhosts = [\"y\"]\n";
+    let directory = tempfile::tempdir().unwrap();
+    let app = directory.path().join("app.wasm");
+    fs::copy(guest("behaviours"), &app).unwrap();
+    write_config(directory.path(), config);
+    let platform = Platform::start_in(directory);
+    let hello = |platform: &Platform| platform.get("x", "/hello").status;
+    let replacements: [fn(&Path); 2] = [
+        // In place, and by another file.
+        |app| assert!(fs::copy(guest("bottle"), app).is_ok()),
+        |app| {
+            fs::copy(guest("bottle"), app.with_extension("new")).unwrap();
+            fs::rename(app.with_extension("new"), app).unwrap();
+        },
+    ];
+    let mut platform = platform;
+    for (round, replace) in replacements.into_iter().enumerate() {
+        assert_eq!(hello(&platform), 200);
+        replace(&app);
+        platform.ctl(&["reload"]).success();
+        assert_eq!(hello(&platform), 404, "the new version has no such route");
+        platform.ctl(&["rollback", "app"]).success();
+        assert_eq!(hello(&platform), 200);
+        // The file is looked at again, by the watch too: it sees another change.
+        platform.ctl(&["reload"]).success();
+        let late = format!("{config}[[tenant]]\nname = \"late-{round}\"\napp = \"APP\"\nhosts = [\"z\"]\n");
+        write_config(platform.directory.path(), &late);
+        platform.server.wait_for_log(&[&format!("late-{round}"), "serving"]);
+        assert_eq!(hello(&platform), 200);
+        // It is no version to be had again, and no other: a restart keeps that.
+        platform = platform.restart();
+        assert_eq!(hello(&platform), 200);
+        // A file that has changed since is loaded.
+        fs::copy(guest("behaviours"), &app).unwrap();
+        platform.ctl(&["reload"]).success();
+        assert_eq!(platform.status("app")["app"], app.to_str().unwrap());
+    }
+    // What was not rolled back from is one rollback away, and back again.
+    fs::copy(guest("bottle"), &app).unwrap();
+    platform.ctl(&["reload"]).success();
+    for status in [200, 404, 200] {
+        platform.ctl(&["rollback", "app"]).success();
+        assert_eq!(hello(&platform), status);
+    }
+    let copies = || fs::read_dir(platform.directory.path().join("state/wsgi-wasm.apps")).unwrap().count();
+    platform.ctl(&["reload"]).success();
+    assert_eq!(copies(), 2, "copies of what is not needed any more");
+    platform.server.finish();
+}
+
+#[test]
+fn a_rollback_of_settings_is_not_undone_by_other_changes() {
+    let platform = Platform::start(TWO);
+    let who = |platform: &Platform| -> Value {
+        let text = platform.get("two.example", "/environment").ok();
+        serde_json::from_str::<Value>(&text).unwrap()["WHO"].clone()
+    };
+    let change = |platform: &Platform, config: &str| {
+        write_config(platform.directory.path(), config);
+        platform.ctl(&["reload"]).success();
+    };
+    let second = TWO.replace("WHO = \"two\"", "WHO = \"second\"");
+    change(&platform, &second);
+    assert_eq!(who(&platform), "second");
+    platform.ctl(&["rollback", "two"]).success();
+    assert_eq!(who(&platform), "two");
+    change(&platform, &second.replace("WHO = \"shop\"", "WHO = \"other\""));
+    assert_eq!(environ_of(&platform, "one.example", "/shop")["WHO"], "other");
+    assert_eq!(who(&platform), "two", "another tenant was changed");
+    change(&platform, &TWO.replace("WHO = \"two\"", "WHO = \"third\""));
+    assert_eq!(who(&platform), "third");
+    platform.server.finish();
+}
+
+#[test]
+fn a_deployed_app_lasts_over_a_restart_and_so_does_a_rollback() {
+    let platform = Platform::start("[[tenant]]\nname = \"app\"\napp = \"APP\"\n");
+    let copy = platform.directory.path().join("copy.wasm");
+    fs::copy(guest("behaviours"), &copy).unwrap();
+    platform.ctl(&["deploy", "app", copy.to_str().unwrap()]).success();
+    let platform = platform.restart();
+    assert_eq!(platform.status("app")["app"], copy.to_str().unwrap());
+    assert_eq!(platform.get("x", "/hello").ok(), "Hello, world!\n");
+    let bottle = guest("bottle");
+    platform.ctl(&["deploy", "app", bottle.to_str().unwrap()]).success();
+    platform.ctl(&["rollback", "app"]).success();
+    let platform = platform.restart();
+    assert_eq!(platform.status("app")["app"], copy.to_str().unwrap());
+    platform.server.finish();
+}
+
+#[test]
+fn a_drain_that_waits_holds_no_one_up_after_resume() {
+    let platform = Platform::start(&TWO.replace("max = 1", "max = 2"));
+    let mut slow = platform.server.connect();
+    slow.send("GET /stream-for-ever HTTP/1.1\r\nHost: two.example\r\n\r\n");
+    assert_eq!(slow.read_head().status, 200);
+    std::thread::scope(|scope| {
+        let drain = scope.spawn(|| platform.ctl(&["drain", "two"]));
+        while platform.status("two")["state"] != "suspended" {}
+        platform.ctl(&["resume", "two"]).success();
+        for _ in 0..3 {
+            assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
+        }
+        drain.join().unwrap().refused(&["`two` was resumed"]);
+    });
+    drop(slow);
+    platform.ctl(&["drain", "two"]).success();
+    platform.server.finish();
+}
+
+#[test]
+fn a_state_file_that_is_broken_is_not_an_empty_one() {
+    let platform = Platform::start(TWO);
+    let state = platform.directory.path().join("state/wsgi-wasm.json");
+    platform.ctl(&["suspend", "two"]).success();
+    // What is known goes on, and is written again.
+    fs::write(&state, "{").unwrap();
+    platform.ctl(&["reload"]).success();
+    assert_eq!(platform.get("two.example", "/hello").status, 503);
+    platform.ctl(&["suspend", "shop"]).success();
+    let platform = platform.restart();
+    assert_eq!(platform.get("two.example", "/hello").status, 503);
+    platform.server.finish();
+    fs::write(&state, "{\"suspended\": [").unwrap();
+    run(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(path_in(&platform.directory)))
+        .refused(&["state/wsgi-wasm.json", "help:"]);
+}
+
+#[test]
+fn a_tenant_that_never_loaded_can_be_mended_by_ctl() {
+    let broken = tempfile::NamedTempFile::new().unwrap();
+    // A component by its head, so that `check` takes it for one.
+    fs::write(broken.path(), b"\0asm\x0d\0\x01\0broken").unwrap();
+    let platform = Platform::start(&format!(
+        "{TWO}\n[[tenant]]\nname = \"three\"\napp = \"{}\"\nhosts = [\"three.example\"]\n",
+        broken.path().display()
+    ));
+    assert!(platform.ctl(&["errors", "three"]).success().stdout.contains("cut off"));
+    platform.ctl(&["suspend", "three"]).success();
+    platform.ctl(&["drain", "three"]).success();
+    platform.ctl(&["rollback", "three"]).refused(&["no version"]);
+    platform.ctl(&["deploy", "three", guest("behaviours").to_str().unwrap()]).success();
+    assert_eq!(platform.get("three.example", "/hello").status, 503, "still suspended");
+    platform.ctl(&["resume", "three"]).success();
+    assert_eq!(platform.get("three.example", "/hello").ok(), "Hello, world!\n");
+    platform.server.finish();
+}
+
+#[test]
+fn what_a_reload_waits_for_holds_up_neither_requests_nor_the_end() {
+    let platform = Platform::start(TWO);
+    // Reading it takes until somebody writes.
+    let pipe = platform.directory.path().join("pipe");
+    assert!(Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let secrets = "secrets = { KEY = { file = \"pipe\" } }";
+    write_config(platform.directory.path(), &format!("{TWO}{secrets}\n"));
+    platform.server.signal("HUP");
+    let writer = fs::File::options().write(true).open(&pipe).unwrap();
+    for _ in 0..10 {
+        assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
+    }
+    assert_eq!(platform.status("two")["state"], "serving");
+    platform.server.finish();
+    drop(writer);
+}
+
+#[test]
+fn budgets_are_a_tenants_and_not_a_versions() {
+    let config = TWO.replace("instances = { max = 1 }", "limits = { cpu_per_minute = \"300ms\" }");
+    let platform = Platform::start(&config);
+    assert_eq!(platform.get("two.example", "/compute?1").status, 200);
+    assert_eq!(platform.get("two.example", "/hello").status, 503);
+    let copy = platform.directory.path().join("copy.wasm");
+    fs::copy(guest("behaviours"), &copy).unwrap();
+    platform.ctl(&["deploy", "two", copy.to_str().unwrap()]).success();
+    assert_eq!(platform.get("two.example", "/hello").status, 503, "a new version has no new budget");
+    // Another limit is another budget.
+    write_config(platform.directory.path(), &config.replace("300ms", "30s"));
+    platform.ctl(&["reload"]).success();
+    assert_eq!(platform.get("two.example", "/hello").status, 200);
+    platform.server.finish();
+}
+
+#[test]
+fn secrets_reach_the_app_and_nothing_else() {
+    let directory = tempfile::tempdir().unwrap();
+    fs::write(directory.path().join("key"), "hunter2\n").unwrap();
+    let config =
+        format!("{TWO}secrets = {{ KEY = {{ file = \"key\" }}, TOKEN = {{ env = \"IT_TOKEN\" }} }}\n");
+    write_config(directory.path(), &config);
+    let server = Server::spawn(
+        wsgi_wasm()
+            .env("IT_TOKEN", "hunter3")
+            .env("WSGI_WASM_LOG", "debug")
+            .args(["serve", "--bind", "127.0.0.1:0", "--config"])
+            .arg(path_in(&directory)),
+    );
+    let platform = Platform { directory, server };
+    let environment = environ_of(&platform, "two.example", "");
+    assert_eq!((&environment["KEY"], &environment["TOKEN"]), (&"hunter2".into(), &"hunter3".into()));
+    assert!(environ_of(&platform, "one.example", "").get("KEY").is_none());
+    platform.ctl(&["suspend", "two"]).success();
+    let listed = platform.ctl(&["list", "--json"]).success().stdout;
+    let state = fs::read_to_string(platform.directory.path().join("state/wsgi-wasm.json")).unwrap();
+    // Written in the wrong place, one is not shown either.
+    for wrong in [
+        "secrets = { KEY = \"hunter2\" }",
+        "secrets = { KEY = { file = \"hunter2\" } }",
+        "secrets = { KEY = { env = \"hunter2\" } }",
+        "secrets = { KEY = { hunter2 = 1 } }",
+        "secrets = { KEY = hunter2 }",
+        "secrets = [\"hunter2\"]",
+        "secrets = \"hunter2\"",
+        "[tenant.secrets]\nKEY = \"hunter2\"",
+        "[tenant.secrets.KEY]\nfile = [\"hunter2\"]",
+    ] {
+        write_config(platform.directory.path(), &format!("{TWO}{wrong}\n"));
+        let checked =
+            run(wsgi_wasm().arg("check").arg(path_in(&platform.directory))).refused(&["wsgi-wasm.toml:"]);
+        assert!(!checked.stderr.contains("hunter"), "{wrong}: {}", checked.stderr);
+        let reloaded = platform.ctl(&["reload"]).refused(&["wsgi-wasm.toml:"]);
+        assert!(!reloaded.stderr.contains("hunter"), "{wrong}: {}", reloaded.stderr);
+    }
+    let log = platform.server.finish();
+    for text in [listed, state, log] {
+        assert!(!text.contains("hunter"), "{text}");
+    }
+}
+
+#[test]
+fn idle_instances_go_but_for_those_that_are_to_stay() {
+    let settings = |min| format!("instances = {{ min = {min}, max = 4, idle = \"1s\" }}");
+    let config = TWO
+        .replace("instances = { max = 1 }", &settings(0))
+        .replace("path = \"/shop\"", &format!("path = \"/shop\"\n{}", settings(1)));
+    let platform = Platform::start(&config);
+    for _ in 0..2 {
+        for (host, path) in [("two.example", "/sleep?0.2"), ("one.example", "/shop/sleep?0.2")] {
+            let mut busy: Vec<_> = (0..3).map(|_| platform.server.connect()).collect();
+            for connection in &mut busy {
+                connection.send(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+            }
+            for mut connection in busy {
+                assert_eq!(connection.read_response("GET").ok(), "slept");
+            }
+        }
+        // To nothing, and the next request wakes it.
+        wait_until(|| platform.status("two")["resting"] == 0);
+        assert_eq!(platform.status("two")["memory"], 0);
+        wait_until(|| platform.status("shop")["resting"] == 1);
+    }
+    // One stays, however long it rests: here as long as another takes to go.
+    assert_eq!(platform.get("two.example", "/hello").status, 200);
+    wait_until(|| platform.status("two")["resting"] == 0);
+    assert_eq!(platform.status("shop")["resting"], 1);
+    platform.server.finish();
+}
+
+#[test]
+fn a_tenant_without_hosts_answers_for_the_rest() {
+    let platform = Platform::start(&format!(
+        "{TWO}\n[[tenant]]\nname = \"rest\"\napp = \"APP\"\nenv = {{ WHO = \"rest\" }}\n\
+         [[tenant]]\nname = \"rest-shop\"\napp = \"APP\"\npath = \"/shop\"\nenv = {{ WHO = \"rest-shop\" }}\n"
+    ));
+    for (host, path, who) in [
+        ("one.example", "", "one"),
+        ("two.example", "", "two"),
+        ("nobody.example", "", "rest"),
+        ("127.0.0.1", "", "rest"),
+        ("nobody.example", "/shop", "rest-shop"),
+        ("one.example", "/shop", "shop"),
+    ] {
+        assert_eq!(environ_of(&platform, host, path)["WHO"], who, "{host}{path}");
+    }
+    // Its path is that host's own, not the rest's.
+    assert_eq!(platform.get("two.example", "/shop/hello").text(), "no such route");
+    platform.server.finish();
+}
+
+#[test]
+fn isolation_by_request_is_a_tenants_choice() {
+    let config = TWO.replace("instances = { max = 1 }", "isolation = \"request\"");
+    let platform = Platform::start(&config);
+    for (host, kept) in [("one.example", true), ("two.example", false)] {
+        assert_eq!(platform.get(host, "/temporary-files").ok(), "[]");
+        for _ in 0..3 {
+            let names = platform.get(host, "/temporary-files").ok();
+            assert_eq!(names.contains("left-behind"), kept, "{host}: {names}");
+        }
+    }
+    platform.server.finish();
+}
+
+fn environ_of(platform: &Platform, host: &str, path: &str) -> Value {
+    environ(platform.get(host, &format!("{path}/environment")))
+}
+
+/// Waits for what will be so in a while.
+#[track_caller]
+fn wait_until(mut is_so: impl FnMut() -> bool) {
+    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
+    while !is_so() {
+        assert!(std::time::Instant::now() < end, "it never came to be");
+    }
+}
+
+#[test]
 fn the_configuration_is_read_again_when_it_changes() {
     let platform = Platform::start(TWO);
     assert_eq!(platform.get("four.example", "/hello").status, 421);
@@ -361,14 +703,34 @@ fn a_directory_of_apps_is_a_platform() {
         let settings = format!("hosts = [\"{name}.example\"]\nenv = {{ WHO = \"{name}\" }}\n");
         fs::write(directory.path().join(format!("{name}.toml")), settings).unwrap();
     }
-    let server = Server::spawn(
-        wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--tenants"]).arg(directory.path()),
-    );
-    let platform = Platform { directory, server };
+    let start = |directory: &tempfile::TempDir| {
+        let control = format!("unix:{}", directory.path().join("control.sock").display());
+        Server::spawn(
+            wsgi_wasm()
+                .args(["serve", "--bind", "127.0.0.1:0", "--control", &control, "--tenants"])
+                .arg(directory.path()),
+        )
+    };
+    let platform = Platform { server: start(&directory), directory };
     for name in ["a", "b"] {
-        let text = platform.get(&format!("{name}.example"), "/environment").ok();
-        assert!(text.contains(&format!("\"WHO\": \"{name}\"")), "{text}");
+        assert_eq!(environ_of(&platform, &format!("{name}.example"), "")["WHO"], name);
     }
+    // Settings that are edited in place are seen, and tenants that come and go.
+    let settings = platform.directory.path().join("a.toml");
+    fs::write(&settings, "hosts = [\"a.example\"]\nenv = { WHO = \"another\" }\n").unwrap();
+    wait_until(|| environ_of(&platform, "a.example", "")["WHO"] == "another");
+    fs::copy(guest("behaviours"), platform.directory.path().join("c.wasm")).unwrap();
+    wait_until(|| platform.get("c.example", "/hello").status == 200);
+    fs::remove_file(platform.directory.path().join("c.wasm")).unwrap();
+    wait_until(|| platform.get("c.example", "/hello").status == 421);
+    // And `ctl` works as with a configuration.
+    platform.ctl(&["suspend", "b"]).success();
+    let (directory, server) = (platform.directory, platform.server);
+    server.finish();
+    let platform = Platform { server: start(&directory), directory };
+    assert_eq!(platform.get("b.example", "/hello").status, 503);
+    platform.ctl(&["resume", "b"]).success();
+    assert_eq!(platform.get("b.example", "/hello").status, 200);
     platform.server.finish();
 }
 
@@ -382,6 +744,23 @@ fn a_wrong_configuration_is_refused_with_every_mistake() {
     run(wsgi_wasm().args(["serve", "--config"]).arg(&file)).refused(&expected);
     run(wsgi_wasm().args(["serve", "--tenants", "/no/such"])).refused(&["/no/such", "help:"]);
     run(wsgi_wasm().args(["ctl", "--control", "unix:/no/such", "list"])).refused(&["/no/such", "help:"]);
+
+    // `check` looks into the apps.
+    let script = directory.path().join("app.py");
+    fs::write(&script, "app = None\n").unwrap();
+    fs::write(&file, "[[tenant]]\nname = \"a\"\napp = \"app.py\"\n").unwrap();
+    run(wsgi_wasm().arg("check").arg(&file))
+        .refused(&["toml:3: tenant `a`", "app.py` is not a WebAssembly component"]);
+    // Of a directory, the mistakes in all files.
+    let tenants = tempfile::tempdir().unwrap();
+    for name in ["a", "b"] {
+        fs::write(tenants.path().join(format!("{name}.wasm")), "").unwrap();
+        fs::write(tenants.path().join(format!("{name}.toml")), "\nweight = 0\nhost = \"x\"\n").unwrap();
+    }
+    let expected = ["a.toml:2: ", "a.toml:3: unknown name `host`", "b.toml:2: ", "b.toml:3: ", "4 mistakes"];
+    run(wsgi_wasm().args(["serve", "--tenants"]).arg(tenants.path())).refused(&expected);
+    run(wsgi_wasm().arg("check").arg(tenants.path()))
+        .refused(&["a.toml:2: ", "b.wasm` is not a WebAssembly component"]);
 
     let app = guest("behaviours");
     fs::write(&file, format!("[[tenant]]\nname = \"a\"\napp = \"{}\"\n", app.display())).unwrap();
