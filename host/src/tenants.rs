@@ -440,6 +440,8 @@ pub struct Tenants {
     /// The source is read by one at a time.
     reading: tokio::sync::Mutex<()>,
     source: Source,
+    /// Whether `start` is done.
+    started: AtomicBool,
     state_file: Option<PathBuf>,
     /// Held while the state's file is changed.
     saving: Mutex<()>,
@@ -494,16 +496,24 @@ impl Tenants {
             unloaded: Mutex::default(),
             reading: tokio::sync::Mutex::default(),
             source,
+            started: AtomicBool::new(false),
             state_file,
             saving: Mutex::default(),
         });
         tenants.reload().await?;
+        tenants.started.store(true, Ordering::Relaxed);
         let unloaded = lock(&tenants.unloaded).clone();
-        match unloaded.into_iter().next() {
-            Some((name, Unloaded { error, .. })) if lock(&tenants.all).is_empty() => {
-                Err(crate::error::UserError::new(format!("tenant `{name}`: {error}")).into())
+        if !lock(&tenants.all).is_empty() {
+            return Ok(tenants);
+        }
+        let mut unloaded = unloaded.into_values();
+        match (unloaded.next(), unloaded.len()) {
+            (None, _) => Ok(tenants),
+            (Some(only), 0) => Err(crate::error::UserError::new(only.error).into()),
+            (Some(_), others) => {
+                let text = format!("none of the {} tenants can be served: see above", others + 1);
+                Err(crate::error::UserError::new(text).into())
             }
-            _ => Ok(tenants),
         }
     }
 
@@ -571,9 +581,15 @@ impl Tenants {
             return;
         }
         let name = config.name.clone();
+        let replaces = lock(&self.all).contains_key(&name);
         record.suspended.store(state.suspended.contains(&name), Ordering::Relaxed);
         if let Err(error) = self.replace(config, Arc::clone(&record), is_only).await {
-            tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+            if replaces {
+                tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+            } else if !is_only || self.started.load(Ordering::Relaxed) {
+                // Else `start` fails with it.
+                tracing::error!(tenant = %name, "the app is not served: {error:#}");
+            }
         }
     }
 

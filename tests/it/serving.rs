@@ -132,11 +132,26 @@ fn bad_input_is_refused_before_anything_listens() {
     serve(&[app, "--bind", "localhost"]).refused(&["localhost", "port is missing", "help:"]);
     serve(&[app, "--bind", "192.0.2.1:80"]).refused(&["192.0.2.1:80", "help:"]);
     serve(&[app, "--data", "/no/such/data"]).refused(&["/no/such/data", "mkdir", "help:"]);
+    let text = file("notes.txt", b"");
+    serve(&[app, "--data", &text]).refused(&["notes.txt", "not a directory", "help:"]);
+    let pipe = directory.path().join("pipe.wasm").display().to_string();
+    run(std::process::Command::new("mkfifo").arg(&pipe)).success();
+    serve(&[&pipe]).refused(&["pipe.wasm", "not a regular file", "help:"]);
     serve(&[app, "--memory", "1MiB"]).refused(&["does not fit in 1MiB", "--memory", "help:"]);
     serve(&[app, "--warmup", "/"]).refused(&["--warmup", "built already", "help:"]);
     for (option, value) in [
         ("--memory", "lots"),
+        ("--memory", "0"),
+        ("--memory", "4097MiB"),
         ("--timeout", "30"),
+        ("--timeout", "0s"),
+        ("--timeout", "18446744073709551615ms"),
+        ("--cpu", "0s"),
+        ("--header-timeout", "0ms"),
+        ("--max-uri", "0"),
+        ("--max-uri", "1MiB"),
+        ("--max-header-size", "0"),
+        ("--max-header-size", "2MiB"),
         ("--instances", "0"),
         ("--isolation", "none"),
         ("--env", "NOVALUE"),
