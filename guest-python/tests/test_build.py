@@ -59,7 +59,8 @@ class Application(Case):
         path = environ["PATH_INFO"]
         if path == "/boom":
             raise KeyError("culprit")
-        start_response("500 Oops" if path == "/500" else "200 OK", [])
+        status = {"/500": "500 Oops", "/404": "404 Not Found"}.get(path, "200 OK")
+        start_response(status, [])
         return iter([b"x"]) if path == "/stream" else [environ["HTTP_HOST"].encode()]
     """
 
@@ -85,14 +86,15 @@ class Application(Case):
 
     def test_warm_up_failures_are_warnings(self):
         self.write("0/app.py", self.APP)
-        report, process = self.build(warmup=["/boom", "/500"])
+        report, process = self.build(warmup=["/boom", "/500", "/404"])
         self.assertEqual(process.returncode, 0)
-        self.assertEqual([each["status"] for each in report["warmup"]], [None, 500])
-        first, second = report["warnings"]
+        self.assertEqual([each["status"] for each in report["warmup"]], [None, 500, 404])
+        first, second, third = report["warnings"]
         self.assertTrue(first.startswith("the warm-up request `/boom` failed\nGET /boom:"), first)
         # One round of it is enough.
         self.assertEqual(first.count("KeyError: 'culprit'"), 1)
         self.assertIn("`/500` was answered with status 500", second)
+        self.assertEqual(third, "the warm-up request `/404` was answered with status 404")
 
     def test_a_handler_made_in_the_warm_up_keeps_working(self):
         self.write(

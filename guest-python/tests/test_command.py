@@ -165,6 +165,19 @@ class Status(Case):
         for arguments in ((), ("sh", "-c", "x"), ("",), ("python2",)):
             self.assertEqual(self.run_(*arguments)[0], 127)
 
+    def test_leaving_at_once(self):
+        self.addCleanup(setattr, os, "_exit", os._exit)
+        command.install()
+        code = "import os; os._exit({})"
+        for status, expected in ((0, 0), (3, 3), (256 + 7, 7), (-1, 255)):
+            self.assertEqual(self.status(code.format(status)), (expected, "", ""))
+        self.exit_functions.assert_not_called()
+        # Code that catches everything does not keep it.
+        caught = "import os\ntry: os._exit(5)\nexcept BaseException: 1/0"
+        self.assertEqual(self.status(caught)[0], 5)
+        self.assertEqual(self.status("raise SystemExit(1)")[0], 1)
+        self.exit_functions.assert_called()
+
     def test_output_that_can_not_be_written(self):
         class Broken(io.StringIO):
             def flush(self):

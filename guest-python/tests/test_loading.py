@@ -5,6 +5,8 @@ import sys
 import tempfile
 import textwrap
 import unittest
+import zoneinfo
+from unittest import mock
 
 from tests import support  # noqa: F401
 from wsgi_wasm.loading import LoadError, hint, load
@@ -225,8 +227,13 @@ class Hints(Case):
         self.assertIn("`/0/x.ini`", self.hint(FileNotFoundError(44, "No such file", "/0/x.ini")))
 
     def test_time_zone(self):
-        error = type("ZoneInfoNotFoundError", (KeyError,), {})("UTC")
-        self.assertIn("tzdata", self.hint(error))
+        with self.assertRaises(zoneinfo.ZoneInfoNotFoundError) as raised:
+            zoneinfo.ZoneInfo("Europ/Berlin")
+        with mock.patch("zoneinfo.available_timezones", lambda: {"Europe/Berlin", "Asia/Tokyo"}):
+            self.assertEqual(
+                self.hint(raised.exception),
+                "there is no time zone of that name; did you mean `Europe/Berlin`?",
+            )
 
     def test_environment_variable(self):
         self.write("mysite2.py", "import os\nos.environ['NOT_SET_ANYWHERE']")

@@ -110,6 +110,11 @@ class Generators(Case):
         snapshot.prepare()
         self.check(generator, True)
 
+    def test_frozen_by_the_application(self):
+        generator = random.Random()
+        gc.freeze()
+        self.check(generator, True)
+
     def test_subclass_that_is_not_hashable(self):
         class Odd(random.Random):
             def __eq__(self, other):

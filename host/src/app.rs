@@ -96,7 +96,10 @@ fn mounts(config: &TenantConfig, artifact: &Artifact, layers: &[(Layer, PathBuf)
         let reason = format!("it is one of {}, and an app can have {MAX_MOUNTS}", of_app.len());
         return Err(refuse("/", reason).into());
     }
-    let Some((_, path)) = layers.iter().find(|(layer, _)| *layer == Layer::App) else { return Ok(mounts) };
+    let Some((_, path)) = layers.iter().find(|(layer, _)| *layer == Layer::App) else {
+        let prefix = of_app.keys().next().map_or("/", String::as_str);
+        return Err(refuse(prefix, "the file has no layer `app`, which they are in".into()).into());
+    };
     let image = Image::open(path)?;
     // The cache names a layer by the digest of its content.
     let digest = Arc::from(path.file_name().unwrap_or_default().to_string_lossy());

@@ -14,20 +14,24 @@
 //!
 //! Nothing here is trusted. Any component that exports our world can be
 //! served, whoever made it; a layer is unpacked by its true digest, and may
-//! hold only plain files below its top.
+//! hold only plain files below its top. If there is a manifest, what it lists
+//! must be there, byte for byte: a file that was cut off between two sections,
+//! or damaged, is not run.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt as _, MetadataExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::cache::{self, Bucket, Cache, Identity, Key, Links, walk};
 use crate::error::UserError;
 use crate::files::image::Image;
+use crate::guest_log::Printable;
 use anyhow::{Context as _, Result, bail};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
@@ -64,6 +68,9 @@ pub struct Manifest {
     pub static_files: BTreeMap<String, String>,
     /// Digest of everything that went into the build.
     pub inputs: String,
+    /// Digest of the component without our sections; older files have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub component: Option<String>,
     /// The layers in the file.
     pub layers: Vec<LayerSummary>,
 }
@@ -252,6 +259,8 @@ impl Section {
 
 /// Bytes before the first section: magic, version, layer.
 const PREAMBLE: usize = 8;
+/// Bytes of an artifact's own text in a message at most.
+const MAX_QUOTED: usize = 500;
 /// Bytes of a section's id and size at most.
 const SECTION_HEAD: usize = 6;
 /// Bytes to read of a custom section to know whether it is one of ours.
@@ -288,10 +297,15 @@ impl Artifact {
     /// A [`UserError`] if there is no such file, or it is not a whole component.
     pub fn open(path: &Path) -> Result<Artifact> {
         let open = || -> io::Result<(File, u64)> {
-            let file = File::open(path)?;
+            // Not to wait for the other end of a pipe.
+            let nonblock = i32::from_ne_bytes(OFlags::NONBLOCK.bits().to_ne_bytes());
+            let file = OpenOptions::new().read(true).custom_flags(nonblock).open(path)?;
             let metadata = file.metadata()?;
             if metadata.is_dir() {
                 return Err(io::Error::other("it is a directory"));
+            }
+            if !metadata.is_file() {
+                return Err(io::Error::other("it is not a regular file"));
             }
             Ok((file, metadata.len()))
         };
@@ -334,8 +348,13 @@ impl Artifact {
             match our_section(&name) {
                 Some((MANIFEST_SECTION, skip)) => {
                     let content = artifact.read(&(section.content.start + skip..section.content.end))?;
-                    let manifest: Manifest = serde_json::from_slice(&content)
-                        .map_err(|error| refuse(&format!("has a manifest that can not be read: {error}")))?;
+                    let manifest: Manifest = serde_json::from_slice(&content).map_err(|error| {
+                        let error = error.to_string();
+                        refuse(&format!(
+                            "has a manifest that can not be read: {}",
+                            Printable(&error, MAX_QUOTED)
+                        ))
+                    })?;
                     if manifest.format > MANIFEST_FORMAT {
                         return Err(refuse("was built by a newer wsgi-wasm").into());
                     }
@@ -346,6 +365,7 @@ impl Artifact {
                         .into_iter()
                         .find(|layer| name.strip_prefix(LAYER_SECTION) == Some(layer.name()))
                         .ok_or_else(|| {
+                            let name = Printable(name, MAX_QUOTED);
                             refuse(&format!("has a section `{name}` that this version does not know"))
                         })?;
                     artifact.layers.push((layer, section.content.start + skip..section.content.end));
@@ -400,9 +420,37 @@ impl Artifact {
     ///
     /// # Errors
     ///
-    /// If the file can not be read, or the cache not written.
+    /// A [`UserError`] if they are not those that the manifest lists. If the
+    /// file can not be read, or the cache not written.
     pub fn digests(&self, cache: &Cache) -> Result<Digests> {
-        self.digests_at(SystemTime::now(), cache)
+        let digests = self.digests_at(SystemTime::now(), cache)?;
+        self.compare(&digests).map_err(|reason| {
+            UserError::new(format!("`{}` {reason}", self.path.display()))
+                .remedy("copy the file again from where it was built, or build the app again")
+        })?;
+        Ok(digests)
+    }
+
+    /// Says what is not as the manifest lists it.
+    fn compare(&self, digests: &Digests) -> Result<(), String> {
+        let Some(manifest) = &self.manifest else { return Ok(()) };
+        if manifest.component.as_ref().is_some_and(|listed| *listed != digests.component) {
+            return Err("is damaged: its code and memory are not what was built".into());
+        }
+        for listed in &manifest.layers {
+            let mut found =
+                self.layers.iter().zip(&digests.layers).filter(|((layer, _), _)| *layer == listed.name);
+            let name = listed.name.name();
+            match found.next() {
+                None => return Err(format!("is cut off or damaged: the layer `{name}` is missing")),
+                Some((_, digest)) if *digest != listed.sha256 => {
+                    return Err(format!("is damaged: the layer `{name}` is not what was built"));
+                }
+                Some(_) if found.next().is_some() => return Err(format!("has the layer `{name}` twice")),
+                Some(_) => {}
+            }
+        }
+        Ok(())
     }
 
     fn digests_at(&self, now: SystemTime, cache: &Cache) -> Result<Digests> {
@@ -578,6 +626,7 @@ mod tests {
             environment: BTreeMap::new(),
             static_files: BTreeMap::new(),
             inputs: String::new(),
+            component: None,
             layers: Vec::new(),
         }
     }
@@ -639,6 +688,46 @@ mod tests {
         assert_eq!(layers.len(), 1);
         let image = Image::read(&layers[0].1).unwrap();
         assert_eq!(image.stat(image.look_up(Image::ROOT, "b/c.txt").unwrap()).size, 3);
+    }
+
+    #[test]
+    fn what_the_manifest_lists_must_be_there() {
+        let layer = layer_of(&[("a.py", "x = 1")]);
+        let listed = Manifest {
+            component: Some(cache::sha256(EMPTY_COMPONENT)),
+            layers: vec![layer.summary()],
+            ..manifest()
+        };
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::at(home.path()).unwrap();
+        let digests = |manifest: &Manifest, layers: &[PackedLayer]| {
+            let bytes = assemble(EMPTY_COMPONENT.to_vec(), manifest, layers).unwrap();
+            open(&bytes).unwrap().digests(&cache)
+        };
+        let whole = std::slice::from_ref(&layer);
+        digests(&listed, whole).unwrap();
+        // A layer that is not listed does no harm.
+        digests(&manifest(), whole).unwrap();
+        let other = layer_of(&[("a.py", "x = 2")]);
+        let changed = Manifest { component: Some(cache::sha256(b"other")), ..listed.clone() };
+        for (found, reason) in [
+            (digests(&listed, &[]), "cut off or damaged: the layer `app` is missing"),
+            (digests(&listed, std::slice::from_ref(&other)), "the layer `app` is not what was built"),
+            (digests(&listed, &[layer.clone(), other]), "has the layer `app` twice"),
+            (digests(&changed, whole), "its code and memory"),
+        ] {
+            let error = found.unwrap_err();
+            assert!(error.is::<UserError>() && error.to_string().contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_pipe_is_refused_without_waiting() {
+        let home = tempfile::tempdir().unwrap();
+        let path = home.path().join("app.wasm");
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let error = Artifact::open(&path).err().unwrap();
+        assert!(error.is::<UserError>() && error.to_string().contains("not a regular file"), "{error}");
     }
 
     #[test]

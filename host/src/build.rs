@@ -23,14 +23,17 @@ use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
-use std::process::Stdio;
+use std::process::{Child, ExitCode, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, anyhow};
+use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::artifact::{self, Layer, MANIFEST_FORMAT, Manifest, Package, PackedLayer};
-use crate::cache::{Bucket, Cache, Key, Links, walk};
+use crate::cache::{self, Bucket, Cache, Key, Links, walk};
 use crate::cli::{BuildArgs, ProjectArgs};
 use crate::error::UserError;
 use crate::static_files;
@@ -44,6 +47,25 @@ use vendor::Requirements;
 const MAX_FILES: usize = 100_000;
 /// So are more bytes.
 const MAX_BYTES: u64 = 1 << 30;
+
+/// The program that is at work for us.
+static RUNNING: Mutex<Option<Pid>> = Mutex::new(None);
+
+/// Such a program, as long as this lives: a signal that ends us ends it too.
+struct Tool;
+
+impl Tool {
+    fn watch(program: &Child) -> Tool {
+        *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) = Some(Pid::from_child(program));
+        Tool
+    }
+}
+
+impl Drop for Tool {
+    fn drop(&mut self) {
+        *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
 
 /// What to build.
 pub struct BuildOptions<'a> {
@@ -59,12 +81,42 @@ pub struct BuildOptions<'a> {
     pub static_files: BTreeMap<String, String>,
 }
 
-/// Builds and writes the file that the user asked for.
+/// Builds and writes the file that the user asked for. A signal ends it with
+/// nothing left behind.
 ///
 /// # Errors
 ///
 /// A [`UserError`] if the project can not be built.
-pub fn run(args: &BuildArgs) -> Result<()> {
+pub fn run(args: BuildArgs) -> Result<ExitCode> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .context("failed to start the runtime")?;
+    let done: Result<ExitCode> = runtime.block_on(async {
+        let mut terminate = signal(SignalKind::terminate()).context("failed to watch for SIGTERM")?;
+        let mut interrupt = signal(SignalKind::interrupt()).context("failed to watch for SIGINT")?;
+        let ended_by = tokio::select! {
+            done = tokio::task::spawn_blocking(move || build_and_write(&args)) => {
+                done.context("the build ended with a panic")??;
+                return Ok(ExitCode::SUCCESS);
+            }
+            _ = terminate.recv() => SignalKind::terminate(),
+            _ = interrupt.recv() => SignalKind::interrupt(),
+        };
+        // It would go on writing.
+        if let Some(tool) = *RUNNING.lock().unwrap_or_else(PoisonError::into_inner) {
+            let _ = kill_process(tool, Signal::KILL);
+        }
+        cache::abandon();
+        // As a shell shows it.
+        Ok(ExitCode::from(128 + u8::try_from(ended_by.as_raw_value()).unwrap_or(0)))
+    });
+    // What was interrupted ends with the process.
+    runtime.shutdown_background();
+    done
+}
+
+fn build_and_write(args: &BuildArgs) -> Result<()> {
     let cache = Cache::open()?;
     let progress = Progress::new();
     let (application, directory) = match (args.application.as_deref(), args.project.dir.as_deref()) {
@@ -78,6 +130,7 @@ pub fn run(args: &BuildArgs) -> Result<()> {
     }
     let options =
         BuildOptions { application, directory, project: &args.project, environment: &args.env, static_files };
+    output_directory(&args.output)?;
     let built = build(&cache, &options, &progress)?;
     write_output(&built, &args.output)?;
     let size = fs::metadata(&args.output).map_or(0, |metadata| metadata.len());
@@ -88,10 +141,7 @@ pub fn run(args: &BuildArgs) -> Result<()> {
 /// Puts the built file where the user wants it. It appears whole or not at
 /// all: a server may be reading the one that is replaced.
 fn write_output(built: &Path, output: &Path) -> Result<()> {
-    let directory = match output.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => parent,
-        _ => Path::new("."),
-    };
+    let directory = output_directory(output)?;
     let write = || -> std::io::Result<()> {
         let mut file = tempfile::Builder::new().prefix(".wsgi-wasm-").tempfile_in(directory)?;
         std::io::copy(&mut fs::File::open(built)?, &mut file)?;
@@ -103,11 +153,31 @@ fn write_output(built: &Path, output: &Path) -> Result<()> {
         file.persist(output).map_err(|error| error.error)?;
         Ok(())
     };
-    write().map_err(|error| {
-        UserError::new(format!("can not write `{}`: {error}", output.display()))
-            .remedy("choose a file in a directory that exists and can be written with `--output`")
-            .into()
-    })
+    write().map_err(|error| unwritable(output, &error.to_string()).into())
+}
+
+/// The directory of the file to write.
+///
+/// # Errors
+///
+/// A [`UserError`] if it is not there, or the file is a directory.
+fn output_directory(output: &Path) -> Result<&Path> {
+    let directory = match output.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    if output.is_dir() {
+        return Err(unwritable(output, "it is a directory").into());
+    }
+    if !directory.is_dir() {
+        return Err(unwritable(output, &format!("there is no directory `{}`", directory.display())).into());
+    }
+    Ok(directory)
+}
+
+fn unwritable(output: &Path, reason: &str) -> UserError {
+    UserError::new(format!("can not write `{}`: {reason}", output.display()))
+        .remedy("choose a file in a directory that exists and can be written with `--output`")
 }
 
 /// Builds an app, or finds it built, and returns the file in the cache.
@@ -122,8 +192,8 @@ pub fn build(cache: &Cache, options: &BuildOptions<'_>, progress: &Progress) -> 
             .remedy("name the project's directory with `--dir`")
             .into());
     }
-    let target = Target::find(options.application, directory)?;
     let requirements = find_requirements(directory, options.project.requirements.as_deref())?;
+    let target = Target::find(options.application, directory, requirements.packages())?;
     let files = project_files(directory, &options.project.exclude)?;
 
     let mut key = Key::new(Bucket::Apps)
@@ -291,7 +361,10 @@ impl Work<'_> {
 
         // The guest may write into what it is shown, and it runs the app's
         // code: it gets copies.
-        let scratch = Scratch::new()?;
+        if !self.target.may_be_in(self.options.directory) && !self.target.may_be_in(&site.join("files")) {
+            return Err(self.target.missing(self.options.directory).into());
+        }
+        let scratch = Scratch::new(entry)?;
         copy_files(self.options.directory, &self.files, &scratch.app())?;
         copy_tree(&site.join("files"), &scratch.site())?;
         copy_tree(&python.join("files"), &scratch.work().join("bytecode"))?;
@@ -347,6 +420,7 @@ impl Work<'_> {
             [read_packed(&python)?, read_packed(&site)?, PackedLayer::pack(Layer::App, &scratch.app())?];
         let packages: Vec<Package> = serde_json::from_slice(&fs::read(site.join("packages.json"))?)?;
         let manifest = Manifest {
+            component: Some(cache::sha256(&component)),
             format: MANIFEST_FORMAT,
             application: report.application,
             python: report.python,
@@ -371,7 +445,7 @@ impl Work<'_> {
             Key::new(Bucket::StandardLibraries).with(toolchain::identity()).with(adapter::digest()).finish();
         self.cache.get_or_make(Bucket::StandardLibraries, &key, |entry| {
             self.progress.step("compiling the guest's standard library, once for this machine");
-            let scratch = Scratch::new()?;
+            let scratch = Scratch::new(entry)?;
             adapter::write(&scratch.site())?;
             self.run_guest(toolchain, &scratch, &Task::Stdlib { output: "/2/python" })?;
             fs::create_dir(entry)?;
@@ -389,7 +463,7 @@ impl Work<'_> {
             .with(self.requirements.key())
             .finish();
         self.cache.get_or_make(Bucket::Sites, &key, |entry| {
-            let scratch = Scratch::new()?;
+            let scratch = Scratch::new(entry)?;
             let packages = vendor::vendor(toolchain, &self.requirements, &scratch.site(), &|step| {
                 self.progress.step(step);
             })?;
@@ -424,8 +498,15 @@ impl Work<'_> {
             .args(["--python-path".as_ref(), scratch.work().as_os_str()])
             .args(["--output".as_ref(), output.as_os_str()])
             .arg(adapter::ENTRY)
-            .stdin(Stdio::null());
-        let done = command.output().context("failed to start componentize-py")?;
+            // So that what it leaves when it is stopped goes with the rest.
+            .env("TMPDIR", scratch.root())
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        let tool = command.spawn().context("failed to start componentize-py")?;
+        let watched = Tool::watch(&tool);
+        let done = tool.wait_with_output().context("failed to wait for componentize-py")?;
+        drop(watched);
         let report = scratch.work().join("report.json");
         let report: Option<Report> =
             fs::read(report).ok().and_then(|text| serde_json::from_slice(&text).ok());
@@ -478,38 +559,37 @@ fn store_layer(layer: Layer, entry: &Path) -> Result<()> {
 }
 
 /// The directories that the guest sees during a build.
-struct Scratch(tempfile::TempDir);
+struct Scratch(PathBuf);
 
 impl Scratch {
-    fn new() -> Result<Scratch> {
-        let root = tempfile::Builder::new()
-            .prefix("wsgi-wasm-build-")
-            .tempdir()
-            .context("failed to create a directory for the build")?;
-        let scratch = Scratch(root);
-        for directory in [scratch.app(), scratch.site(), scratch.work()] {
-            fs::create_dir(directory)?;
+    /// Makes them beside the cache entry that is being made, to be removed with
+    /// what else lies there.
+    fn new(entry: &Path) -> Result<Scratch> {
+        let scratch = Scratch(entry.with_file_name("guest"));
+        for directory in [scratch.root(), &scratch.app(), &scratch.site(), &scratch.work()] {
+            fs::create_dir(directory)
+                .with_context(|| format!("failed to create `{}` for the build", directory.display()))?;
         }
         Ok(scratch)
     }
 
     fn root(&self) -> &Path {
-        self.0.path()
+        &self.0
     }
 
     /// The app's files, `/0` in the guest.
     fn app(&self) -> PathBuf {
-        self.0.path().join("app")
+        self.0.join("app")
     }
 
     /// Packages and the adapter, `/1` in the guest.
     fn site(&self) -> PathBuf {
-        self.0.path().join("site")
+        self.0.join("site")
     }
 
     /// What the adapter reads and writes besides, `/2` in the guest.
     fn work(&self) -> PathBuf {
-        self.0.path().join("work")
+        self.0.join("work")
     }
 }
 

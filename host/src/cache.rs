@@ -8,7 +8,7 @@
 //!     .seals/<key>              digests of its files
 //!     .locks/<key>              held by the one process that makes the entry; its time tells
 //!                               when the entry was last asked for
-//!     .tmp-<random>             an entry being made
+//!     .tmp-<key>-<random>       an entry being made, with all that its making needs
 //! ```
 //!
 //! A key is a digest of all that goes into the entry, so an entry never
@@ -20,10 +20,11 @@
 //! and machine code is used only if it still is what was sealed.
 
 use std::collections::BTreeMap;
-use std::fs::{self, File, Metadata};
+use std::fs::{self, File, Metadata, TryLockError};
 use std::io::{ErrorKind, Read as _};
 use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result};
@@ -163,7 +164,8 @@ impl Cache {
     }
 
     /// The entry `key`; if it is not there, `make` fills the path that it
-    /// gets (which does not exist yet) with a file or a directory.
+    /// gets (which does not exist yet) with a file or a directory. What else it
+    /// puts beside that path is removed afterwards.
     ///
     /// Of several processes that want the same entry one makes it and the
     /// others wait. `make` runs again if its process died.
@@ -187,10 +189,12 @@ impl Cache {
             return Ok(path);
         }
         let path = self.path(bucket, key);
+        self.sweep(bucket);
         let scratch = tempfile::Builder::new()
-            .prefix(SCRATCH)
+            .prefix(&format!("{SCRATCH}{key}-"))
             .tempdir_in(&directory)
             .with_context(|| format!("failed to create a directory in `{}`", directory.display()))?;
+        let _unfinished = Unfinished::new(scratch.path());
         let entry = scratch.path().join("entry");
         make(&entry)?;
         let digests = Seal::digests(&entry)?;
@@ -229,8 +233,39 @@ impl Cache {
         fs::create_dir_all(&locks).with_context(|| format!("failed to create `{}`", locks.display()))?;
         let path = locks.join(key);
         let lock = File::create(&path).with_context(|| format!("failed to create `{}`", path.display()))?;
-        lock.lock().with_context(|| format!("failed to lock `{}`", path.display()))?;
+        if let Err(TryLockError::WouldBlock) = lock.try_lock() {
+            tracing::info!(
+                "waiting for another process, which is at work on the same ({})",
+                bucket.directory()
+            );
+            lock.lock().with_context(|| format!("failed to lock `{}`", path.display()))?;
+        }
         Ok(lock)
+    }
+
+    /// Whether this is left of a process that died while it made an entry:
+    /// nobody holds the entry's lock.
+    fn is_left_over(&self, bucket: Bucket, name: &str) -> bool {
+        let Some((key, _)) = name.strip_prefix(SCRATCH).and_then(|name| name.rsplit_once('-')) else {
+            return false;
+        };
+        let lock = File::open(self.root.join(bucket.directory()).join(LOCKS).join(key));
+        lock.is_ok_and(|lock| lock.try_lock().is_ok())
+    }
+
+    /// Removes what processes that died have left in the bucket.
+    fn sweep(&self, bucket: Bucket) {
+        let Ok(list) = fs::read_dir(self.root.join(bucket.directory())) else { return };
+        for entry in list.flatten() {
+            let is_old = || {
+                let made = entry.metadata().and_then(|metadata| metadata.modified());
+                // On some network file systems locks hold on one machine only.
+                made.is_ok_and(|made| made.elapsed().unwrap_or_default() > LONGEST_MAKING)
+            };
+            if self.is_left_over(bucket, &entry.file_name().to_string_lossy()) && is_old() {
+                let _ = fs::remove_dir_all(entry.path());
+            }
+        }
     }
 
     /// Remembers that the entry is in use, for `cache prune`.
@@ -270,8 +305,10 @@ impl Cache {
         for directory in list(&self.root) {
             let name = directory.file_name().to_string_lossy().into_owned();
             let Some(bucket) = Bucket::ALL.into_iter().find(|bucket| bucket.directory() == name) else {
-                // Of another version of this program.
-                if name.rsplit_once("-v").is_some_and(|(_, version)| version.parse::<u32>().is_ok()) {
+                // Of another version of this program, or left of a removal.
+                let of_another =
+                    name.rsplit_once("-v").is_some_and(|(_, version)| version.parse::<u32>().is_ok());
+                if of_another || name.starts_with(SCRATCH) {
                     entries.push(Entry::new(directory.path(), name, None, None)?);
                 }
                 continue;
@@ -316,6 +353,11 @@ impl Cache {
         }
     }
 
+    /// Whether the entry is what a process that died has left of one.
+    pub fn is_abandoned(&self, entry: &Entry) -> bool {
+        entry.bucket.is_some_and(|bucket| self.is_left_over(bucket, &entry.key))
+    }
+
     /// Whether the entry's files are as they were made; none if that is not
     /// known. Reads all of them.
     pub fn verify(&self, entry: &Entry) -> Option<bool> {
@@ -333,6 +375,36 @@ impl Cache {
 const LOCKS: &str = ".locks";
 const SEALS: &str = ".seals";
 const SCRATCH: &str = ".tmp-";
+/// No entry takes longer to make.
+const LONGEST_MAKING: Duration = Duration::from_secs(3600);
+
+/// The directories in which this process makes entries.
+static UNFINISHED: Mutex<Vec<PathBuf>> = Mutex::new(Vec::new());
+
+/// One of them, as long as this lives.
+struct Unfinished(PathBuf);
+
+impl Unfinished {
+    fn new(path: &Path) -> Unfinished {
+        UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).push(path.to_path_buf());
+        Unfinished(path.to_path_buf())
+    }
+}
+
+impl Drop for Unfinished {
+    fn drop(&mut self) {
+        // Listed until it is gone.
+        let _ = fs::remove_dir_all(&self.0);
+        UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).retain(|path| *path != self.0);
+    }
+}
+
+/// Removes what this process has made in part, because it ends now.
+pub fn abandon() {
+    for path in UNFINISHED.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        let _ = fs::remove_dir_all(path);
+    }
+}
 
 /// What lies in the cache under one name.
 #[derive(Clone, Debug)]
@@ -354,10 +426,14 @@ impl Entry {
         let mut size = 0;
         let metadata = fs::symlink_metadata(&path);
         if metadata.as_ref().is_ok_and(Metadata::is_dir) {
-            walk(&path, Links::Skip, &mut |_, metadata| {
+            let walked = walk(&path, Links::Skip, &mut |_, metadata| {
                 size += metadata.blocks() * 512;
                 true
-            })?;
+            });
+            // One being made may change meanwhile.
+            if !key.starts_with(SCRATCH) {
+                walked?;
+            }
         }
         let made = metadata.as_ref().ok().and_then(|metadata| metadata.modified().ok());
         size += metadata.map_or(0, |metadata| metadata.blocks() * 512);
@@ -570,6 +646,37 @@ mod tests {
         let left: Vec<_> =
             fs::read_dir(path.parent().unwrap()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left.len(), 3, "only the entry, .locks and .seals: {left:?}");
+    }
+
+    #[test]
+    fn what_a_dead_process_left_is_known_by_its_lock() {
+        let home = tempfile::tempdir().unwrap();
+        let cache = Cache::at(home.path()).unwrap();
+        let directory = home.path().join(Bucket::Apps.directory());
+        let unfinished = || {
+            let entries = cache.entries().unwrap();
+            entries
+                .into_iter()
+                .filter(Entry::is_scratch)
+                .map(|entry| cache.is_abandoned(&entry))
+                .collect::<Vec<_>>()
+        };
+        let made = cache.get_or_make(Bucket::Apps, "k", |path| {
+            assert_eq!(unfinished(), [false]);
+            Ok(fs::write(path, "")?)
+        });
+        let made = made.unwrap();
+        assert!(unfinished().is_empty());
+        fs::remove_file(made).unwrap();
+        let left = directory.join(".tmp-k-abcdef");
+        fs::create_dir(&left).unwrap();
+        assert_eq!(unfinished(), [true]);
+        let make = |path: &Path| Ok(fs::write(path, "")?);
+        cache.get_or_make(Bucket::Apps, "l", make).unwrap();
+        assert!(left.exists(), "it may be another machine's");
+        File::open(&left).unwrap().set_modified(SystemTime::UNIX_EPOCH).unwrap();
+        cache.get_or_make(Bucket::Apps, "m", make).unwrap();
+        assert!(!left.exists());
     }
 
     #[test]

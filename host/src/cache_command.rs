@@ -16,7 +16,8 @@ use crate::units::approximate;
 /// Entries used more recently than this stay, whatever the size: someone may
 /// be at work with them.
 const IN_USE: Duration = Duration::from_secs(3600);
-/// What a process that died has left is removed after this time.
+/// What a process that died has left, as far as its lock does not tell, is
+/// removed after this time.
 const ABANDONED: Duration = Duration::from_secs(24 * 3600);
 
 /// Does what `command` says. The exit code is 1 if something was damaged.
@@ -83,7 +84,7 @@ fn prune(cache: &Cache, unused: Duration, max_size: Option<u64>) -> Result<()> {
         let is_old = idle >= unused;
         let is_too_much = max_size.is_some_and(|most| left > most) && idle >= IN_USE;
         let goes = match entry.bucket {
-            _ if entry.is_scratch() => idle >= ABANDONED,
+            _ if entry.is_scratch() => cache.is_abandoned(entry) || idle >= ABANDONED,
             None => true,
             Some(_) => is_old || is_too_much,
         };

@@ -2,6 +2,7 @@
 //! machine; `main` hands each command to its module.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -11,7 +12,7 @@ use crate::forwarded::Dialect;
 use crate::network::Rule;
 use crate::pool::Isolation;
 use crate::sandbox::Sandbox;
-use crate::units::{Size, Time};
+use crate::units::{Size, Time, within};
 
 /// Hosts Python WSGI apps in WebAssembly sandboxes.
 #[derive(Debug, Parser)]
@@ -90,7 +91,7 @@ pub struct ProjectArgs {
     #[arg(short, long, value_name = "FILE")]
     pub requirements: Option<PathBuf>,
     /// A path to request before the snapshot is taken, so that the app starts warm (repeatable)
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", value_parser = parse_warmup)]
     pub warmup: Vec<String>,
     /// Files to leave out, as a name or a path from the project's directory; `*` stands for any text (repeatable)
     #[arg(long, value_name = "PATTERN")]
@@ -137,16 +138,16 @@ pub struct ServeArgs {
     #[arg(long, value_name = "SIZE")]
     pub total_memory: Option<Size>,
     /// Time that the app may take until its response starts, and for each piece of it
-    #[arg(long, value_name = "TIME", default_value = "30s")]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = some_time())]
     pub timeout: Time,
     /// Processor time that one request may take [default: no limit]
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", value_parser = some_time())]
     pub cpu: Option<Time>,
     /// Largest request body
     #[arg(long, value_name = "SIZE", default_value = "16MiB")]
     pub max_body: Size,
     /// Time that a response may take from its first byte to its last
-    #[arg(long, value_name = "TIME", default_value = "1h")]
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = some_time())]
     pub response_time: Time,
     /// Lines that the app may log in a second, on average over five
     #[arg(long, value_name = "N", default_value_t = 1000)]
@@ -174,22 +175,22 @@ pub struct ServeArgs {
 #[command(next_help_heading = "HTTP options")]
 pub struct HttpArgs {
     /// Time in which a client must send or take something of a body
-    #[arg(long, value_name = "TIME", default_value = "60s")]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = some_time())]
     pub client_timeout: Time,
     /// Bytes of a body that a client must send in a second, on average after the first 10 seconds; 0 for no limit
     #[arg(long, value_name = "SIZE", default_value = "256B")]
     pub min_rate: Size,
     /// Time in which a client must send the head of a request, or do a TLS handshake
-    #[arg(long, value_name = "TIME", default_value = "30s")]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = some_time())]
     pub header_timeout: Time,
     /// Largest head of a request, with all its headers
-    #[arg(long, value_name = "SIZE", default_value = "32KiB")]
+    #[arg(long, value_name = "SIZE", default_value = "32KiB", value_parser = within(Size(1 << 10)..=Size(1 << 20)))]
     pub max_header_size: Size,
     /// Headers that a request can have
     #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=10_000))]
     pub max_headers: u16,
     /// Longest target of a request: path and query
-    #[arg(long, value_name = "SIZE", default_value = "8KiB")]
+    #[arg(long, value_name = "SIZE", default_value = "8KiB", value_parser = within(Size(64)..=Size(65_534)))]
     pub max_uri: Size,
     /// Time that a connection without a request stays open
     #[arg(long, value_name = "TIME", default_value = "30s")]
@@ -273,7 +274,7 @@ impl SourceArgs {
 #[derive(Debug, Args)]
 pub struct GrantArgs {
     /// Memory of one instance
-    #[arg(long, value_name = "SIZE", default_value = "128MiB")]
+    #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = memory())]
     pub memory: Size,
     /// An environment variable for the app (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
@@ -311,7 +312,7 @@ pub struct ExecArgs {
     #[command(flatten)]
     pub grants: GrantArgs,
     /// Time that the command may take [default: no limit]
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", value_parser = some_time())]
     pub timeout: Option<Time>,
     #[command(flatten)]
     pub project: SourceArgs,
@@ -436,6 +437,27 @@ pub fn parse_control(text: &str) -> Result<PathBuf, String> {
         Some(path) if !path.is_empty() => Ok(path.into()),
         _ => Err(format!("`{text}` has to be `unix:PATH`")),
     }
+}
+
+/// Reads a time that is some at all.
+fn some_time() -> impl Fn(&str) -> Result<Time, String> + Clone {
+    within(Time(Duration::from_millis(1))..=Time(Duration::MAX))
+}
+
+/// Reads what the memory of a guest may be: its addresses have 32 bits.
+fn memory() -> impl Fn(&str) -> Result<Size, String> + Clone {
+    within(Size(1 << 20)..=Size(4 << 30))
+}
+
+/// Reads the target of a warm-up request.
+fn parse_warmup(text: &str) -> Result<String, String> {
+    if !text.starts_with('/') {
+        return Err("a path to request begins with `/`, as in `/` or `/login?next=x`".into());
+    }
+    if text.chars().any(char::is_control) {
+        return Err("it holds a control character; write that as `%0A` and the like".into());
+    }
+    Ok(text.into())
 }
 
 /// Reads `KEY=VALUE`.

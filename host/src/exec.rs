@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, bail};
+use wasmtime_wasi::I32Exit;
 
 use crate::app;
 use crate::cache::Cache;
@@ -10,7 +11,7 @@ use crate::cli::ExecArgs;
 use crate::clock::Elapsed;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
-use crate::instance::{Instance, Streams};
+use crate::instance::{self, Instance, Streams};
 use crate::pool::Pools;
 use crate::tenants::{Books, Shared};
 
@@ -47,7 +48,15 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
                     .remedy("raise `--timeout` or leave it out")
                     .into())
             }
-            Err(error) => Err(anyhow::Error::from(error).context("the guest trapped")),
+            Err(error) => match error.downcast_ref::<I32Exit>() {
+                // By code that is not Python's, or of an app without our adapter.
+                Some(exit) => Ok(u8::try_from(exit.0).unwrap_or(1)),
+                None => {
+                    let (reason, frames) = instance::explain(&error);
+                    tracing::debug!("{frames}");
+                    bail!("the command was stopped by a trap: {reason}")
+                }
+            },
         }
     })
 }

@@ -66,7 +66,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     start_logging();
     let done = match cli.command {
-        Command::Build(args) => build::run(&args).map(|()| ExitCode::SUCCESS),
+        Command::Build(args) => build::run(args),
         Command::Serve(args) => serve::run(&args).map(|()| ExitCode::SUCCESS),
         Command::Exec(args) => exec::run(&args).map(ExitCode::from),
         Command::Inspect(args) => inspect::run(&args).map(|()| ExitCode::SUCCESS),

@@ -554,6 +554,8 @@ pub struct Tenants {
     /// The source is read by one at a time.
     reading: tokio::sync::Mutex<()>,
     source: Source,
+    /// Whether `start` is done.
+    started: AtomicBool,
     state: StateFile,
     /// Held by all who make copies of apps, and by the one who removes some.
     copying: tokio::sync::RwLock<()>,
@@ -606,16 +608,24 @@ impl Tenants {
             unloaded: Mutex::default(),
             reading: tokio::sync::Mutex::default(),
             source,
+            started: AtomicBool::new(false),
             state,
             copying: tokio::sync::RwLock::default(),
         });
         tenants.reload().await?;
+        tenants.started.store(true, Ordering::Relaxed);
         let unloaded = lock(&tenants.unloaded).clone();
-        match unloaded.into_iter().next() {
-            Some((name, Unloaded { error, .. })) if lock(&tenants.all).is_empty() => {
-                Err(crate::error::UserError::new(format!("tenant `{name}`: {error}")).into())
+        if !lock(&tenants.all).is_empty() {
+            return Ok(tenants);
+        }
+        let mut unloaded = unloaded.into_values();
+        match (unloaded.next(), unloaded.len()) {
+            (None, _) => Ok(tenants),
+            (Some(only), 0) => Err(crate::error::UserError::new(only.error).into()),
+            (Some(_), others) => {
+                let text = format!("none of the {} tenants can be served: see above", others + 1);
+                Err(crate::error::UserError::new(text).into())
             }
-            _ => Ok(tenants),
         }
     }
 
@@ -700,11 +710,17 @@ impl Tenants {
         let rejected = state.rejected.get(&name);
         let is_rejected = rejected.is_some_and(|rejected| rejected.app == app && rejected.stamp == stamp);
         let app = rejected.filter(|_| is_rejected).map_or(app, |rejected| rejected.instead.clone());
+        let replaces = lock(&self.all).contains_key(&name);
         let replaced = self.replace(TenantConfig { app, ..config }, Arc::clone(&record), is_only).await;
         asked.has_failed = replaced.is_err();
         *lock(&record.asked) = Some(asked);
         if let Err(error) = replaced {
-            tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+            if replaces {
+                tracing::error!(tenant = %name, "the new version is not used: {error:#}");
+            } else if !is_only || self.started.load(Ordering::Relaxed) {
+                // Else `start` fails with it.
+                tracing::error!(tenant = %name, "the app is not served: {error:#}");
+            }
         } else if rejected.is_some() && !is_rejected {
             let forgotten = name.clone();
             let saved = self.save(move |state| drop(state.rejected.remove(&forgotten))).await;

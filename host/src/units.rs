@@ -1,6 +1,7 @@
 //! Sizes and times as people write them: `128MiB`, `30s`.
 
 use std::fmt;
+use std::ops::RangeInclusive;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -60,6 +61,9 @@ pub fn approximate(bytes: u64) -> String {
     }
 }
 
+/// Seconds of a century: more is a mistake, and would overflow a clock.
+const LONGEST: u64 = 3_155_760_000;
+
 /// A length of time, written as `500ms`, `30s`, `5m`, `2h` or `7d`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Time(pub Duration);
@@ -74,12 +78,12 @@ impl FromStr for Time {
         let seconds = |factor: u64| {
             number
                 .checked_mul(factor)
-                // A century: more is a mistake, and would overflow a clock.
-                .filter(|seconds| *seconds <= 3_155_760_000)
+                .filter(|seconds| *seconds <= LONGEST)
                 .map(Duration::from_secs)
                 .ok_or_else(|| format!("`{text}` is too long"))
         };
         match unit {
+            "ms" if number > LONGEST * 1000 => Err(format!("`{text}` is too long")),
             "ms" => Ok(Duration::from_millis(number)),
             "s" => seconds(1),
             "m" | "min" => seconds(60),
@@ -126,7 +130,24 @@ macro_rules! from_string {
     };
 }
 from_string!(Size, "^[0-9]+ ?(B|KiB|MiB|GiB|TiB|kB|KB|MB|GB)?$");
-from_string!(Time, "^[0-9]+ ?(ms|s|m|min|h)$");
+from_string!(Time, "^[0-9]+ ?(ms|s|m|min|h|d)$");
+
+/// Reads a size or a time of the command line that must be within `range`.
+pub fn within<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone
+where
+    T: FromStr<Err = String> + fmt::Display + PartialOrd + Clone,
+{
+    move |text| {
+        let value: T = text.parse()?;
+        if value < *range.start() {
+            return Err(format!("`{text}` is too little: the least is {}", range.start()));
+        }
+        if value > *range.end() {
+            return Err(format!("`{text}` is too much: the most is {}", range.end()));
+        }
+        Ok(value)
+    }
+}
 
 /// Splits `128MiB` into `128` and `MiB`.
 fn split_unit(text: &str) -> (&str, &str) {
@@ -157,8 +178,34 @@ mod tests {
             assert_eq!(text.parse::<Time>().unwrap().0.as_millis(), milliseconds);
             assert_eq!(text.parse::<Time>().unwrap().to_string(), text);
         }
-        for bad in ["", "s", "30", "-1s", "1w", "99999999999h"] {
+        for bad in ["", "s", "30", "-1s", "1w", "99999999999h", "18446744073709551615ms", "40000d"] {
             assert!(bad.parse::<Time>().is_err(), "{bad}");
+        }
+        assert_eq!("7d".parse::<Time>().unwrap().to_string(), "168h");
+        assert_eq!("3155760000000ms".parse::<Time>().unwrap().0.as_secs(), LONGEST);
+    }
+
+    #[test]
+    fn a_value_out_of_its_range_is_refused_with_the_bound() {
+        let read = within(Size(1 << 10)..=Size(1 << 20));
+        assert_eq!(read("1KiB"), Ok(Size(1024)));
+        assert_eq!(read("1MiB"), Ok(Size(1 << 20)));
+        assert_eq!(read("1023B"), Err("`1023B` is too little: the least is 1KiB".into()));
+        assert_eq!(read("2MiB"), Err("`2MiB` is too much: the most is 1MiB".into()));
+        assert!(read("some").unwrap_err().contains("is not a size"));
+        let read = within(Time(Duration::from_millis(1))..=Time(Duration::from_secs(60)));
+        assert_eq!(read("0s"), Err("`0s` is too little: the least is 1ms".into()));
+    }
+
+    /// The patterns of the schema know every unit.
+    #[test]
+    fn the_schema_has_all_units() {
+        let schema = serde_json::to_string(&schemars::schema_for!((Size, Time)).to_value()).unwrap();
+        for unit in ["ms|", "|s|", "|m|", "|min|", "|h|", "|d)"] {
+            assert!(schema.contains(unit), "{unit}: {schema}");
+        }
+        for (unit, _) in SIZE_UNITS {
+            assert!(schema.contains(&format!("|{unit}")) || *unit == "B", "{unit}: {schema}");
         }
     }
 }

@@ -91,3 +91,23 @@ fn optimized_code_takes_the_place_of_the_other(directory: &Path, home: &Path) {
     assert_eq!(server.get("/hello").ok(), "Hello, world!\n");
     server.finish();
 }
+
+#[test]
+fn what_a_dead_build_left_is_pruned_at_once() {
+    let home = tempfile::tempdir().unwrap();
+    let directory = home.path().join("cache");
+    cache(&directory, &["list"]).success();
+    let apps = directory.join("apps-v2");
+    std::fs::create_dir_all(apps.join(".locks")).unwrap();
+    let lock = std::fs::File::create(apps.join(".locks/k")).unwrap();
+    let left = apps.join(".tmp-k-123456");
+    std::fs::create_dir(&left).unwrap();
+    std::fs::write(left.join("file"), "x").unwrap();
+    lock.lock().unwrap();
+    assert!(cache(&directory, &["prune"]).success().stdout.contains("removed 0"), "in use");
+    assert!(left.exists());
+    assert!(cache(&directory, &["list"]).success().stdout.contains("unfinished"));
+    drop(lock);
+    assert!(cache(&directory, &["prune"]).success().stdout.contains("removed 1"));
+    assert!(!left.exists());
+}

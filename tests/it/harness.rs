@@ -41,7 +41,8 @@ pub struct Finished {
 }
 
 impl Finished {
-    fn new(output: &Output) -> Finished {
+    /// What it left, from its output.
+    pub fn new(output: &Output) -> Finished {
         Finished {
             status: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -56,7 +57,8 @@ impl Finished {
         self
     }
 
-    /// Demands exit status 2, no output, and a message with all of `texts`.
+    /// Demands exit status 2, no output, and a message with all of `texts`,
+    /// said once.
     #[track_caller]
     pub fn refused(self, texts: &[&str]) -> Finished {
         assert_eq!(self.status, 2, "stdout:\n{}\nstderr:\n{}", self.stdout, self.stderr);
@@ -65,6 +67,9 @@ impl Finished {
             assert!(self.stderr.contains(text), "no `{text}` in:\n{}", self.stderr);
         }
         assert!(!self.stderr.contains("panicked"), "{}", self.stderr);
+        let reason = self.stderr.lines().find_map(|line| line.strip_prefix("error: "));
+        let reason = reason.unwrap_or_else(|| panic!("no error in:\n{}", self.stderr));
+        assert_eq!(self.stderr.matches(reason).count(), 1, "{}", self.stderr);
         self
     }
 }

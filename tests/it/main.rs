@@ -17,6 +17,8 @@ mod build;
 mod cache;
 /// The examples, as their readers run them.
 mod examples;
+/// One-off commands: how they end.
+mod exec;
 /// What an app may do wrong or slowly, and what the client then sees.
 mod failures;
 mod fairness;

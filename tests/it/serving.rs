@@ -222,16 +222,43 @@ fn bad_input_is_refused_before_anything_listens() {
     serve(&[&file("core.wasm", b"\0asm\x01\0\0\0")]).refused(&["core WebAssembly module", "help:"]);
     serve(&[&file("other.wasm", b"\0asm\x0d\0\x01\0")]).refused(&["not a WSGI app for this host", "help:"]);
     serve(&[&file("cut.wasm", &whole[..whole.len() / 2])]).refused(&["cut off", "help:"]);
+    // Of one tenant the reason is the error; of many, each reason is said with its name, once.
+    let tenants = tempfile::tempdir().unwrap();
+    std::fs::write(tenants.path().join("one.wasm"), b"hello").unwrap();
+    let among = tenants.path().to_str().unwrap();
+    let only = serve(&["--tenants", among]).refused(&["one.wasm", "not a WebAssembly component"]);
+    assert_eq!(only.stderr.matches("one.wasm").count(), 1, "{}", only.stderr);
+    std::fs::write(tenants.path().join("two.wasm"), b"hello").unwrap();
+    std::fs::write(tenants.path().join("two.toml"), "path = '/two'").unwrap();
+    let both = serve(&["--tenants", among]).refused(&["none of the 2 tenants"]);
+    for file in ["one.wasm", "two.wasm"] {
+        assert_eq!(both.stderr.matches(file).count(), 1, "{}", both.stderr);
+    }
     let garbled = [&b"\0asm\x0d\0\x01\0"[..], &[7, 3, 0xff, 0xff, 0x01]].concat();
     serve(&[&file("garbled.wasm", &garbled)]).refused(&["not a valid component", "help:"]);
     serve(&[app, "--bind", "localhost"]).refused(&["localhost", "port is missing", "help:"]);
     serve(&[app, "--bind", "192.0.2.1:80"]).refused(&["192.0.2.1:80", "help:"]);
     serve(&[app, "--data", "/no/such/data"]).refused(&["/no/such/data", "mkdir", "help:"]);
+    let text = file("notes.txt", b"");
+    serve(&[app, "--data", &text]).refused(&["notes.txt", "not a directory", "help:"]);
+    let pipe = directory.path().join("pipe.wasm").display().to_string();
+    run(std::process::Command::new("mkfifo").arg(&pipe)).success();
+    serve(&[&pipe]).refused(&["pipe.wasm", "not a regular file", "help:"]);
     serve(&[app, "--memory", "1MiB"]).refused(&["does not fit in 1MiB", "--memory", "help:"]);
     serve(&[app, "--warmup", "/"]).refused(&["--warmup", "built already", "help:"]);
     for (option, value) in [
         ("--memory", "lots"),
+        ("--memory", "0"),
+        ("--memory", "4097MiB"),
         ("--timeout", "30"),
+        ("--timeout", "0s"),
+        ("--timeout", "18446744073709551615ms"),
+        ("--cpu", "0s"),
+        ("--header-timeout", "0ms"),
+        ("--max-uri", "0"),
+        ("--max-uri", "1MiB"),
+        ("--max-header-size", "0"),
+        ("--max-header-size", "2MiB"),
         ("--instances", "0"),
         ("--isolation", "none"),
         ("--env", "NOVALUE"),

@@ -12,7 +12,19 @@ fn json(text: &str) -> Value {
 fn two_instances_never_draw_the_same_random_values() {
     let server = Server::start("behaviours", &["--isolation", "request"]);
     let draws: Vec<_> = (0..4).map(|_| json(&server.get("/randomness").ok())).collect();
-    for source in ["random", "Random", "uuid4", "uuid1", "secrets", "urandom", "tempfile", "SystemRandom"] {
+    for source in [
+        "random",
+        "Random",
+        "frozen",
+        "uuid4",
+        "uuid1",
+        "secrets",
+        "urandom",
+        "tempfile",
+        "SystemRandom",
+        "SQL random",
+        "SQL randomblob",
+    ] {
         let values: HashSet<_> = draws.iter().map(|draw| draw[source].to_string()).collect();
         assert_eq!(values.len(), draws.len(), "{source} repeats: {values:?}");
     }

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from wsgi_wasm import image, interrupt, kdf, loading, snapshot, wsgi
+from wsgi_wasm import command, image, interrupt, kdf, loading, snapshot, sqlite, wsgi
 from wsgi_wasm.streams import BodyAborted
 
 # The guest's mounts.
@@ -162,6 +162,8 @@ def _build_application(
         snapshot.prepare()
         kdf.install(derivation)
         interrupt.install()
+        sqlite.install()
+        command.install()
     with stages.stage("import"):
         application: wsgi.Application
         application, report["application"] = loading.load(task["application"])
@@ -197,7 +199,7 @@ def warm_up(
                     # Again would be no different, and as noisy.
                     break
         results.append({"path": path, "status": status, "seconds": round(seconds, 6)})
-        if status is None or status >= 500:
+        if status is None or status >= 400:
             what = "failed" if status is None else f"was answered with status {status}"
             warnings.append(f"the warm-up request `{path}` {what}\n{errors.text}".rstrip())
     return results

@@ -7,18 +7,45 @@ so a migration sees what a request sees.
 from __future__ import annotations
 
 import atexit
+import operator
 import os
 import runpy
 import sys
 import traceback
 from collections.abc import Callable
 from types import TracebackType
-from typing import TextIO
+from typing import NoReturn, TextIO
+
+_exit = os._exit
+# Whether a command is under way, and the status that it gave to `os._exit`.
+_running = False
+_left: int | None = None
 
 USAGE = """\
 usage: python [-u] [-B] (-m MODULE | -c CODE | FILE | -) [ARGUMENT ...]
        python -V
 """
+
+
+class _Left(BaseException):
+    """Ends a command that called `os._exit`."""
+
+
+def install() -> None:
+    """Lets `os._exit` end a command with its status.
+
+    Of a true exit the host hears only whether the status was 0.
+    """
+
+    def leave(status: int) -> NoReturn:
+        global _left
+        if not _running:
+            _exit(status)
+        # A process has eight bits for it.
+        _left = operator.index(status) & 0xFF
+        raise _Left
+
+    os._exit = leave
 
 
 def run(arguments: list[str]) -> int:
@@ -27,6 +54,8 @@ def run(arguments: list[str]) -> int:
     The rules are those of CPython's "Command line and environment" for
     `sys.argv`, `sys.path[0]` and the exit status. Raises nothing.
     """
+    global _running, _left
+    _running, _left = True, None
     try:
         program = os.path.basename(arguments[0]) if arguments else ""
         if program not in ("python", "python3", f"python3.{sys.version_info[1]}"):
@@ -40,7 +69,9 @@ def run(arguments: list[str]) -> int:
             status = _python(arguments[1:])
     except BaseException as error:
         status = _failed(error)
-    return _flush(status)
+    _running = False
+    # Also if the code caught what ends it.
+    return _flush(status) if _left is None else _left
 
 
 def _python(arguments: list[str]) -> int:
@@ -96,7 +127,8 @@ def _run(body: Callable[[], object], argv: list[str], directory: str) -> int:
     finally:
         # `logging.shutdown` and what else was registered: the interpreter
         # itself never ends in the sandbox.
-        _run_exit_functions()
+        if _left is None:
+            _run_exit_functions()
         sys.path[:] = path
         sys.argv = old_argv
 
@@ -128,6 +160,8 @@ def _source(code: str, name: str) -> None:
 def _failed(error: BaseException) -> int:
     """Returns the exit status for an exception, having printed what CPython prints."""
     try:
+        if isinstance(error, _Left):
+            return 0
         if isinstance(error, SystemExit):
             if error.code is None:
                 return 0

@@ -264,7 +264,12 @@ def _hint(error: BaseException) -> str | None:
         return "there are no threads in the sandbox: start none at import"
     kind = type(error).__name__
     if kind == "ZoneInfoNotFoundError":
-        return "the sandbox has no time zone database: add `tzdata` to requirements.txt"
+        # Whoever raised it has loaded this.
+        import zoneinfo
+
+        key = text.rpartition(" ")[2].strip("'\"")
+        near = difflib.get_close_matches(key, zoneinfo.available_timezones())
+        return f"there is no time zone of that name{_near(near)}"
     if isinstance(error, AttributeError):
         missing = _missing_attribute(error)
         if missing in ("fork", "getuid", "geteuid", "getgid", "umask", "pipe", "statvfs", "kill"):

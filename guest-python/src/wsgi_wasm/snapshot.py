@@ -9,7 +9,8 @@ Renewed: generators of the class `random.Random` that were seeded from the
 system's entropy (those with a seed of their own keep it, for the application
 wants their sequence), the names of temporary files, the state of `uuid`, and
 the environment that the application set. componentize-py itself renews the
-module-level generator of `random` and the host's part of the environment.
+module-level generator of `random` and the host's part of the environment, and
+`sqlite` replaces the random values of SQL.
 
 Not renewed: the seed of `hash(str)`, so each build has another one; values
 that the application computed from entropy at import, such as
@@ -29,6 +30,8 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from wsgi_wasm import sqlite
 
 stale = False
 """Whether this is an instance that `renew` has not been called in."""
@@ -62,6 +65,8 @@ def freeze() -> list[str]:
     assert _building is not None
     watched, _building = _building, None
     watched.undo()
+    # Or what the application froze is found by nobody below.
+    gc.unfreeze()
 
     _environment.clear()
     _environment.update({
@@ -70,6 +75,7 @@ def freeze() -> list[str]:
         if watched.environment.get(name) != value
     })  # fmt: skip
     _reset_modules()
+    sqlite.forget()
     linecache.clearcache()
     # The finders remember listings and times of directories that are other
     # file systems at run time.

@@ -30,6 +30,7 @@ const MODULES: &[(&str, &str)] = modules![
     "kdf.py",
     "loading.py",
     "snapshot.py",
+    "sqlite.py",
     "streams.py",
     "wsgi.py",
 ];

@@ -1,7 +1,7 @@
 //! Which WSGI callable is meant.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use serde::Serialize;
@@ -29,18 +29,61 @@ pub enum Target {
 /// Where a callable usually is, best first.
 const USUAL_MODULES: [&str; 4] = ["wsgi", "app", "application", "main"];
 
+/// The package of the standard library that has applications.
+const LIBRARY: &str = "wsgiref";
+/// Modules that a message names at most.
+const MAX_NAMED: usize = 8;
+
 impl Target {
-    /// The callable that `named` says, else the one that `directory` has.
+    /// The callable that `named` says, else the one that `directory` has. It
+    /// must be there, unless there are `packages` that may have it.
     ///
     /// # Errors
     ///
     /// A [`UserError`] if `named` is not `module:callable`, its module is not
     /// there, or nothing usual is found.
-    pub fn find(named: Option<&str>, directory: &Path) -> Result<Target> {
-        match named {
-            Some(named) => Target::parse(named, directory),
-            None => Target::search(directory),
+    pub fn find(named: Option<&str>, directory: &Path, packages: Packages) -> Result<Target> {
+        let Some(named) = named else { return Target::search(directory) };
+        let target = Target::parse(named, directory)?;
+        // Else it is too late to say so quickly.
+        let elsewhere = packages == Packages::Some && !target.begins_in(directory);
+        if !elsewhere && !target.may_be_in(directory) {
+            return Err(target.missing(directory).into());
         }
+        Ok(target)
+    }
+
+    /// Whether the module can be one below `root`, or one that is nowhere in files.
+    pub fn may_be_in(&self, root: &Path) -> bool {
+        let Target::Callable { module, .. } = self else { return true };
+        let path = root.join(module.replace('.', "/"));
+        let first = module.split('.').next().unwrap_or_default();
+        first == LIBRARY || path.is_dir() || source(path).is_file()
+    }
+
+    /// Whether the module's first name is a module or a package of `root`, so
+    /// that the rest can be nowhere else.
+    fn begins_in(&self, root: &Path) -> bool {
+        let Target::Callable { module, .. } = self else { return true };
+        let path = root.join(module.split('.').next().unwrap_or_default());
+        path.join("__init__.py").is_file() || source(path).is_file()
+    }
+
+    /// Why there is no such module in the project in `directory`.
+    pub fn missing(&self, directory: &Path) -> UserError {
+        let (module, what) = match self {
+            // A file of another kind, for all we know.
+            Target::Callable { module, callable: None } => (module, "neither a file nor a module"),
+            Target::Callable { module, .. } => (module, "no module"),
+            Target::Django { django_settings } => (django_settings, "no module"),
+        };
+        let error = UserError::new(format!("there is {what} `{module}` in `{}`", directory.display()));
+        let found = modules(directory);
+        error.remedy(if found.is_empty() {
+            "name the project's directory with `--dir`".to_owned()
+        } else {
+            format!("write one of {}, or name the project's directory with `--dir`", found.join(", "))
+        })
     }
 
     fn parse(named: &str, directory: &Path) -> Result<Target> {
@@ -96,6 +139,39 @@ impl Target {
     }
 }
 
+/// Whether packages are installed beside the project.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Packages {
+    /// None.
+    None,
+    /// Some, whose modules are not known yet.
+    Some,
+}
+
+/// The file of the module at `path`.
+fn source(mut path: PathBuf) -> PathBuf {
+    path.as_mut_os_string().push(".py");
+    path
+}
+
+/// The modules and packages in `directory`, to choose from.
+fn modules(directory: &Path) -> Vec<String> {
+    let Ok(list) = fs::read_dir(directory) else { return Vec::new() };
+    let mut found: Vec<_> = list
+        .flatten()
+        .filter_map(|entry| {
+            let name = entry.file_name().into_string().ok()?;
+            match name.strip_suffix(".py") {
+                Some(module) => Some(format!("`{module}`")),
+                None => entry.path().join("__init__.py").is_file().then(|| format!("`{name}`")),
+            }
+        })
+        .collect();
+    found.sort();
+    found.truncate(MAX_NAMED);
+    found
+}
+
 /// The settings module that a Django project's `manage.py` sets: the string
 /// behind `"DJANGO_SETTINGS_MODULE",`.
 fn django_settings(manage: &Path) -> Option<String> {
@@ -129,8 +205,8 @@ mod tests {
 
     #[test]
     fn a_name_is_taken_apart() {
-        let root = project(&[]);
-        let find = |named: &str| Target::find(Some(named), root.path()).unwrap();
+        let root = project(&[("app.py", ""), ("a/b.py", "")]);
+        let find = |named: &str| Target::find(Some(named), root.path(), Packages::None).unwrap();
         assert_eq!(find("app"), callable("app", None));
         assert_eq!(find("a.b:c.d"), callable("a.b", Some("c.d")));
         assert_eq!(find("app:create_app('x:y')"), callable("app", Some("create_app('x:y')")));
@@ -145,14 +221,38 @@ mod tests {
             ("my-app", "module:callable"),
             ("", "module:callable"),
         ] {
-            let error = Target::find(Some(named), root.path()).unwrap_err().to_string();
+            let error = Target::find(Some(named), root.path(), Packages::None).unwrap_err().to_string();
             assert!(error.contains(help), "{named}: {error}");
         }
     }
 
     #[test]
+    fn a_module_that_is_nowhere_is_refused() {
+        let root =
+            project(&[("app.py", ""), ("shop/__init__.py", ""), ("space/site.py", ""), ("notes.txt", "")]);
+        let find = |named: &str, packages| {
+            Target::find(Some(named), root.path(), packages).map_err(|error| error.to_string())
+        };
+        for named in ["missing.txt", "app.wsm", "nosuch:app", "shop.wsgi:app", "notes.txt"] {
+            let error = find(named, Packages::None).unwrap_err();
+            assert!(error.contains("write one of `app`, `shop`"), "{named}: {error}");
+        }
+        assert!(find("missing.txt", Packages::None).unwrap_err().contains("neither a file nor a module"));
+        for named in ["app.wsm", "shop.wsgi:app"] {
+            find(named, Packages::Some).unwrap_err();
+        }
+        for named in ["installed.wsgi:app", "space.other:app"] {
+            find(named, Packages::None).unwrap_err();
+            find(named, Packages::Some).unwrap();
+        }
+        for named in ["app", "shop", "space.site:app", "wsgiref.simple_server:demo_app"] {
+            find(named, Packages::None).unwrap();
+        }
+    }
+
+    #[test]
     fn the_usual_places_are_searched() {
-        let find = |files: &[(&str, &str)]| Target::find(None, project(files).path());
+        let find = |files: &[(&str, &str)]| Target::find(None, project(files).path(), Packages::None);
         assert_eq!(find(&[("app.py", ""), ("wsgi.py", "")]).unwrap(), callable("wsgi", None));
         assert_eq!(find(&[("main/__init__.py", "")]).unwrap(), callable("main", None));
         for manage in [

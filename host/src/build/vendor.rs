@@ -13,6 +13,8 @@ use std::process::{Command, Stdio};
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
+use super::Tool;
+use super::target::Packages;
 use super::toolchain::{Toolchain, clean, tail};
 use crate::artifact::Package;
 use crate::cache::{Key, Links, sha256, walk};
@@ -146,6 +148,15 @@ impl Requirements {
         Ok(Requirements { source: Source::Project { path, list }, key: key.finish() })
     }
 
+    /// Whether there are any.
+    pub fn packages(&self) -> Packages {
+        match &self.source {
+            Source::Nothing => Packages::None,
+            Source::Project { list, .. } if list.is_empty() => Packages::None,
+            Source::File(_) | Source::Project { .. } => Packages::Some,
+        }
+    }
+
     /// A digest of what is required: the files with the files they name, the
     /// content of local packages, and the way we vendor. What an index offers
     /// for an unpinned requirement is not in it.
@@ -171,7 +182,9 @@ pub fn vendor(
     target: &Path,
     progress: &dyn Fn(&str),
 ) -> Result<Vec<Package>> {
-    let scratch = tempfile::tempdir().context("failed to create a temporary directory")?;
+    // Beside the target, to be removed with it if this process is stopped.
+    let beside = target.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let scratch = tempfile::tempdir_in(beside).context("failed to create a temporary directory")?;
     let write = |name: &str, content: &str| -> Result<PathBuf> {
         let path = scratch.path().join(name);
         fs::write(&path, content).with_context(|| format!("failed to write `{}`", path.display()))?;
@@ -201,11 +214,13 @@ pub fn vendor(
     let mut command = Command::new(toolchain.python());
     clean(command.arg("-I").arg(&script));
     let mut child = command
+        .env("TMPDIR", scratch.path())
         .stdin(fs::File::open(&request).context("failed to open the request")?)
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .with_context(|| format!("failed to run `{}`", toolchain.python().display()))?;
+    let _watched = Tool::watch(&child);
     let errors = child.stderr.take().map(|mut stream| {
         // Read beside standard output: a full pipe would stop the child.
         std::thread::spawn(move || {

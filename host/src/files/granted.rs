@@ -185,6 +185,14 @@ impl Grant {
     /// A [`UserError`] if there is no such directory.
     pub fn open(path: &Path, quota: Quota) -> Result<Arc<Grant>> {
         static OPEN: Mutex<BTreeMap<PathBuf, Weak<Grant>>> = Mutex::new(BTreeMap::new());
+        if path.exists() && !path.is_dir() {
+            return Err(UserError::new(format!(
+                "the data directory `{}` is not a directory",
+                path.display()
+            ))
+            .remedy("name a directory, which the app then sees as /data")
+            .into());
+        }
         if !path.is_dir() {
             return Err(UserError::new(format!("the data directory `{}` does not exist", path.display()))
                 .remedy(format!("make it with `mkdir {}`", path.display()))

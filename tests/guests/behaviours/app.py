@@ -1,5 +1,6 @@
 """One route for each small behaviour that the tests ask about."""
 
+import gc
 import gzip
 import hashlib
 import io
@@ -7,6 +8,7 @@ import json
 import os
 import random
 import secrets
+import sqlite3
 import sys
 import tempfile
 import time
@@ -15,6 +17,13 @@ import uuid
 # Made at import, so they are in the snapshot. Only `seeded` may repeat.
 unseeded = random.Random()
 seeded = random.Random(42)
+frozen = random.Random()
+# As an app does that knows of servers which fork.
+gc.freeze()
+database = sqlite3.connect(":memory:")
+database.execute("SELECT random(), randomblob(16)").fetchone()
+database.close()
+del database
 os.environ["SET_AT_IMPORT"] = "kept"
 requests_served = 0
 closed = []
@@ -541,13 +550,19 @@ def was_closed(environ, start_response):
 def randomness(environ, start_response):
     """One value from each source that two instances must not share."""
     name = tempfile.mktemp()
+    database = sqlite3.connect(":memory:")
+    number, blob = database.execute("SELECT random(), hex(randomblob(16))").fetchone()
+    database.close()
     return reply(
         start_response,
         json.dumps(
             {
                 "random": random.random(),
                 "Random": unseeded.random(),
+                "frozen": frozen.random(),
                 "seeded": seeded.random(),
+                "SQL random": number,
+                "SQL randomblob": blob,
                 "uuid4": str(uuid.uuid4()),
                 "uuid1": str(uuid.uuid1()),
                 "secrets": secrets.token_hex(),
