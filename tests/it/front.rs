@@ -2,7 +2,7 @@ use std::io::{Read as _, Write as _};
 use std::path::Path;
 use std::time::Duration;
 
-use crate::harness::{Response, Server, guest, run, wsgi_wasm};
+use crate::harness::{Response, Server, guest, run, wait_until, wsgi_wasm};
 
 fn environ(response: Response) -> serde_json::Value {
     serde_json::from_str(&response.ok()).unwrap()
@@ -292,12 +292,9 @@ fn the_access_log_is_opened_anew_at_a_hangup() {
     server.get("/hello?first").ok();
     std::fs::rename(&file, &old).unwrap();
     server.get("/hello?second").ok();
+    wait_until(|| std::fs::read_to_string(&old).unwrap().contains("?second"));
     server.signal("HUP");
-    let end = std::time::Instant::now() + Duration::from_secs(30);
-    while !file.exists() {
-        assert!(std::time::Instant::now() < end, "the file is not opened anew");
-        server.get("/hello?meanwhile").ok();
-    }
+    wait_until(|| file.exists());
     server.get("/hello?third").ok();
     server.finish();
     let (old, new) = (std::fs::read_to_string(old).unwrap(), std::fs::read_to_string(file).unwrap());

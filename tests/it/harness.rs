@@ -152,6 +152,15 @@ impl Lines {
     }
 }
 
+/// Waits for what will be so in a while.
+#[track_caller]
+pub fn wait_until(mut is_so: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_so() {
+        assert!(Instant::now() < end, "it never came to be");
+    }
+}
+
 /// A server under test. Killed when dropped; its log is then shown if the
 /// test failed.
 pub struct Server {

@@ -7,7 +7,7 @@ use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use serde_json::Value;
 
-use crate::harness::{Connection, Finished, Response, Server, guest, run, wsgi_wasm};
+use crate::harness::{Connection, Finished, Response, Server, guest, run, wait_until, wsgi_wasm};
 use crate::raw::{Calls, Script, handles, raw_guest, save};
 
 const OK: &str = "Status: 200 OK\r\n\r\nfine";
@@ -746,7 +746,7 @@ fn instances_that_rest_make_room_for_others() {
     // One that has its own has no other: that is nobody's crash.
     let mut last = arena.server.connect();
     send(&mut last, "victim", "GET", "/sleep?7", b"");
-    while arena.status("victim")["in_work"] != 1 {}
+    wait_until(|| arena.status("victim")["in_work"] == 1);
     arena.assert_refused("full", &arena.get("victim", "/hello"), 503, "busy");
     last.read_response("GET").ok();
     assert_eq!(arena.status("victim")["state"], "serving");
@@ -1001,9 +1001,9 @@ fn key_derivations_of_others_hold_up_nobodys_login() {
         }
     }
     let at_work = |name| arena.status(name)["in_work"] == attacks.len();
-    while !(at_work("one") && at_work("two")) {}
+    wait_until(|| at_work("one") && at_work("two"));
     for _ in 0..5 {
-        let start = std::time::Instant::now();
+        let start = Instant::now();
         assert_eq!(hash(), expected);
         assert!(start.elapsed().as_secs() < 4, "a login took {:?}", start.elapsed());
     }

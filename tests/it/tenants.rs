@@ -5,7 +5,7 @@ use std::process::Command;
 
 use serde_json::Value;
 
-use crate::harness::{Finished, Response, Server, guest, run, wsgi_wasm};
+use crate::harness::{Finished, Response, Server, guest, run, wait_until, wsgi_wasm};
 
 /// A server of a configuration of its own.
 struct Platform {
@@ -223,7 +223,7 @@ fn tenants_are_suspended_and_resumed_and_it_lasts() {
 fn a_tenants_memory_is_one_number_and_bounded() {
     let config = TWO.replace(
         "instances = { max = 1 }",
-        "instances = { max = 4 }\nlimits = { memory = \"64MiB\", total_memory = \"44MiB\", queue_wait = \"60s\" }",
+        "instances = { max = 4 }\nlimits = { memory = \"64MiB\", total_memory = \"52MiB\", queue_wait = \"60s\" }",
     );
     let platform = Platform::start(&config);
     let held = || platform.status("two")["memory"].as_u64().unwrap();
@@ -241,7 +241,7 @@ fn a_tenants_memory_is_one_number_and_bounded() {
     for connection in &mut busy {
         connection.send("GET /sleep?2 HTTP/1.1\r\nHost: two.example\r\n\r\n");
     }
-    while platform.status("two")["in_work"] != 2 {}
+    wait_until(|| platform.status("two")["in_work"] == 2);
     let refused = platform.get("two.example", "/hello");
     assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
     platform.server.wait_for_log(&["holds as much memory as it may"]);
@@ -271,7 +271,7 @@ fn a_tenants_memory_is_one_number_and_bounded() {
 fn one_app_too_has_a_bound_of_memory_and_a_control_socket() {
     let directory = tempfile::tempdir().unwrap();
     let control = format!("unix:{}", directory.path().join("control.sock").display());
-    let options = ["--instances", "4", "--memory", "64MiB", "--total-memory", "38MiB", "--control", &control];
+    let options = ["--instances", "4", "--memory", "64MiB", "--total-memory", "48MiB", "--control", &control];
     let platform = Platform { server: Server::start("behaviours", &options), directory };
     let mut busy = [platform.server.connect(), platform.server.connect()];
     for connection in &mut busy {
@@ -297,7 +297,7 @@ fn a_tenant_is_drained() {
     let platform = Platform::start(TWO);
     let mut running = platform.server.connect();
     running.send("GET /sleep?1 HTTP/1.1\r\nHost: two.example\r\n\r\n");
-    while platform.status("two")["in_work"] != 1 {}
+    wait_until(|| platform.status("two")["in_work"] == 1);
     platform.ctl(&["drain", "two"]).success();
     // The response was complete before the command returned.
     let status = platform.status("two");
@@ -460,7 +460,7 @@ fn a_drain_that_waits_holds_no_one_up_after_resume() {
     assert_eq!(slow.read_head().status, 200);
     std::thread::scope(|scope| {
         let drain = scope.spawn(|| platform.ctl(&["drain", "two"]));
-        while platform.status("two")["state"] != "suspended" {}
+        wait_until(|| platform.status("two")["state"] == "suspended");
         platform.ctl(&["resume", "two"]).success();
         for _ in 0..3 {
             assert_eq!(platform.get("two.example", "/hello").ok(), "Hello, world!\n");
@@ -657,15 +657,6 @@ fn isolation_by_request_is_a_tenants_choice() {
 
 fn environ_of(platform: &Platform, host: &str, path: &str) -> Value {
     environ(platform.get(host, &format!("{path}/environment")))
-}
-
-/// Waits for what will be so in a while.
-#[track_caller]
-fn wait_until(mut is_so: impl FnMut() -> bool) {
-    let end = std::time::Instant::now() + std::time::Duration::from_secs(30);
-    while !is_so() {
-        assert!(std::time::Instant::now() < end, "it never came to be");
-    }
 }
 
 #[test]
