@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import contestants
+import marked
 from contestants import (
     FLASK, GRANIAN, GUNICORN, INTERPRETER, PEERS, WASMTIME, WORK, WORKLOADS, WSGI_WASM, Tools, Unavailable,
 )  # fmt: skip
@@ -189,7 +190,7 @@ class Run:
                 path = directory / f"tenant-{tenant}.wasm"
                 if not path.exists():
                     # A custom section of its own makes it another app.
-                    path.write_bytes(artifact + b"\0\x10\x07tenants" + secrets.token_bytes(8))
+                    path.write_bytes(marked.sealed(artifact, artifact + b"\0\x10\x07tenants" + secrets.token_bytes(8)))
                 lines.append(f'[[tenant]]\nname = "t{tenant}"\napp = "{path}"\nhosts = ["t{tenant}.example"]\n')
             config = directory / "config.toml"
             config.write_text("\n".join(lines))
