@@ -143,6 +143,13 @@ impl Clock {
         Pause { clock: self, since: self.now(), deadline: self.0.deadline.swap(NEVER, Ordering::Relaxed) }
     }
 
+    /// Moves the deadline by `time` in which the guest could not go on.
+    pub fn postpone(&self, time: Duration) {
+        let moved = |deadline: u64| (deadline != NEVER).then(|| deadline.saturating_add(microseconds(time)));
+        // None: it is paused, or there is no limit.
+        let _ = self.0.deadline.fetch_update(Ordering::Relaxed, Ordering::Relaxed, moved);
+    }
+
     /// Runs `work` until it is done or its time is up. Calls `computes` with
     /// true each time before it computes, and with false each time after that.
     ///

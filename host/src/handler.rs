@@ -18,6 +18,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
 
+use crate::clock::Clock;
 use crate::early_hints::EarlyHints;
 use crate::environ::{self, Connection};
 use crate::exchange::{Event, Exchange, Head, RequestBody};
@@ -240,13 +241,15 @@ async fn run(
     let lease = app.pool.lease().await;
     let leased = Instant::now();
     progress.waited = Some(leased - asked);
-    let lease = lease?;
+    let mut lease = lease?;
+    let clock = lease.instance().ok_or(Failure::CannotStart)?.clock();
     progress.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
     let exchange = Exchange::new(body, sender, &app.limits, &app.footprint).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
     let call = call(lease, observer.id, observer.method.clone(), (environ, inline, held), exchange, limits);
-    Ok(Running { call: Some(Box::pin(call)), events, observer, failed: None, _head: None })
+    let call: Call = Box::pin(call);
+    Ok(Running { call: Some(call), clock, handed_at: None, events, observer, failed: None, _head: None })
 }
 
 /// Who hears how a request ended.
@@ -305,6 +308,10 @@ type Call = Pin<Box<dyn Future<Output = Result<Reply, Failure>> + Send>>;
 /// the app's `close()` runs. The guest's time limit holds there too.
 pub struct Running {
     call: Option<Call>,
+    clock: Clock,
+    /// When hyper got a piece, until it asks for the next one: meanwhile the
+    /// guest is not run, and its time does not pass.
+    handed_at: Option<Instant>,
     events: mpsc::Receiver<Event>,
     observer: Observer,
     /// Why the response can not be completed, and whether hyper has had its
@@ -338,9 +345,13 @@ impl Running {
 
     /// Runs the guest until the next piece of the body or its end.
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        self.resume();
         loop {
             match self.events.try_recv() {
-                Ok(Event::Chunk(chunk)) => return Poll::Ready(Some(Ok(Frame::data(chunk)))),
+                Ok(Event::Chunk(chunk)) => {
+                    self.handed_at = self.call.is_some().then(Instant::now);
+                    return Poll::Ready(Some(Ok(Frame::data(chunk))));
+                }
                 Ok(Event::End) => {
                     self.observer.ended(Ok(()));
                     return Poll::Ready(None);
@@ -393,8 +404,18 @@ impl Running {
         self._head = Some(footprint.hold(head.cost));
     }
 
+    /// Gives the guest the time back in which it was not run.
+    fn resume(&mut self) {
+        if let Some(handed_at) = self.handed_at.take()
+            && self.call.is_some()
+        {
+            self.clock.postpone(handed_at.elapsed());
+        }
+    }
+
     /// Lets the guest go on in a task of its own, if it is still at work.
     fn detach(&mut self) {
+        self.resume();
         let Some(call) = self.call.take() else { return };
         // Closed, so that the guest's next write says that the client is gone.
         self.events.close();

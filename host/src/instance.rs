@@ -293,6 +293,11 @@ impl Instance {
         }
     }
 
+    /// Its clock.
+    pub fn clock(&self) -> Clock {
+        self.store.data().clock.clone()
+    }
+
     /// How many requests the instance has worked on.
     pub fn requests(&self) -> u64 {
         self.requests
