@@ -129,7 +129,8 @@ fn a_request_writes_to_little_of_the_memory_that_instances_share() {
     for line in maps.lines() {
         let mut words = line.split_whitespace();
         match words.next().unwrap_or_default() {
-            "Private_Dirty:" if is_memory => {
+            // Copied on write. Dirty are also those that the disk does not have yet.
+            "Anonymous:" if is_memory => {
                 written += words.next().unwrap().parse::<u64>().unwrap();
             }
             first if !first.ends_with(':') => {

@@ -142,8 +142,9 @@ fn chunked(bytes: &mut &[u8]) -> Option<Vec<u8>> {
 /// The path of a target; a host alone has none.
 fn path(target: &str) -> &str {
     let target = match target.split_once("://") {
+        // A path may hold that too.
+        _ if target.starts_with('/') || target == "*" => target,
         Some((_, rest)) => rest.find(['/', '?']).map_or("/", |start| &rest[start..]),
-        None if target.starts_with('/') || target == "*" => target,
         None => return "",
     };
     match target.split('?').next() {
@@ -173,7 +174,11 @@ proptest! {
         prop_assert_eq!(&seen, &expected, "{}", String::from_utf8_lossy(&answers));
         prop_assert_eq!(is_refused, failure.is_some() && scan.in_head() && is_open, "{:?}", failure);
         // All answers are ours: hyper has nothing to complain about.
-        let text = String::from_utf8_lossy(&answers);
+        let mut text = &*String::from_utf8_lossy(&answers);
+        if expected.last().is_some_and(|(.., body)| body.is_none()) {
+            // hyper does not finish the answer to a client that left in the middle of a body.
+            text = text.rfind("\r\n\r\n").map_or("", |end| &text[..end + 4]);
+        }
         let ours = [" 200 OK\r\n", " 100 Continue\r\n"].map(|line| text.matches(line).count());
         prop_assert_eq!(text.matches("HTTP/1.").count(), ours[0] + ours[1], "{}", text);
     }
