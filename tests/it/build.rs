@@ -82,7 +82,6 @@ fn two_builders_at_once_make_one_app_of_the_defaults() {
     let said = [one.stderr, two.stderr];
     for (text, times) in [
         ("importing the app and taking the snapshot", 1),
-        ("waiting for another process", 1),
         ("warmed up /: 200", 1),
         ("warning: the warm-up request `/nowhere` was answered with status 404", 1),
         ("warning: the warm-up request `/fails` failed", 1),
@@ -91,6 +90,8 @@ fn two_builders_at_once_make_one_app_of_the_defaults() {
         let found = said.iter().filter(|text_of_one| text_of_one.contains(text)).count();
         assert_eq!(found, times, "{text}: {said:?}");
     }
+    // Both may, for what another test makes.
+    assert!(said.iter().any(|text| text.contains("waiting for another process")), "{said:?}");
     let [one, two] = ["one.wasm", "two.wasm"].map(|output| project.path().join(output));
     assert!(std::fs::read(&one).unwrap() == std::fs::read(&two).unwrap(), "not the same file");
     let server = Server::spawn(wsgi_wasm().arg("serve").arg(&one).args(["--bind", "127.0.0.1:0"]));

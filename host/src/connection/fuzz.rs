@@ -106,7 +106,9 @@ fn read(mut bytes: &[u8]) -> (Vec<Seen>, bool) {
             })
         };
         let is_cut = body.is_none();
-        let options = fields.iter().filter(|(name, _)| name == "connection");
+        // hyper takes no option from a value that is not plain text.
+        let is_text = |value: &str| value.chars().all(|char| matches!(char, '\t' | ' '..='~'));
+        let options = fields.iter().filter(|(name, value)| name == "connection" && is_text(value));
         let options: Vec<_> = options.flat_map(|(_, value)| value.split(',')).map(str::trim).collect();
         let has = |word: &str| options.iter().any(|option| option.eq_ignore_ascii_case(word));
         // Not even hyper reads requests behind a CONNECT that was granted.
