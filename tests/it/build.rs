@@ -70,7 +70,10 @@ fn two_builders_at_once_make_one_app_of_the_defaults() {
                start_response('200 OK' if path == '/' else '404 Not Found', [])\n    \
                return [itsdangerous.Signer('key').sign('text')]\n";
     let pyproject = "[project]\nname = 'shop'\nversion = '1'\ndependencies = ['itsdangerous==2.2.0']\n";
-    let files = [("wsgi.py", app), ("pyproject.toml", pyproject), ("app.py", "1/0")];
+    // Another one whenever the tests run: else it is built already.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let other = format!("# {}\n1/0", now.as_nanos());
+    let files = [("wsgi.py", app), ("pyproject.toml", pyproject), ("app.py", &other)];
     let project = project(&files);
     let builders = ["one.wasm", "two.wasm"].map(|output| {
         let mut command = wsgi_wasm();
