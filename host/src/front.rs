@@ -166,6 +166,7 @@ fn request_id(link: &Link, parts: &Parts) -> RequestId {
 }
 
 /// What a body consists of.
+#[expect(clippy::large_enum_variant, reason = "the usual one; a box would cost each response an allocation")]
 pub enum Kind {
     /// From the app, a file, or one of our own refusals.
     App(ResponseBody),

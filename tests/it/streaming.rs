@@ -181,6 +181,7 @@ fn expect_continue_is_answered_when_the_app_reads() {
 }
 
 #[test]
+#[expect(clippy::disallowed_methods, reason = "a client that takes its time is what is tested")]
 fn the_time_of_a_client_is_not_the_guests() {
     let server = Server::start("behaviours", &["--timeout", "500ms", "--instances", "1"]);
     let mut connection = server.connect();
