@@ -8,9 +8,9 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use rustix::time::{ClockId, clock_gettime};
 use tokio::task::JoinHandle;
 
+use crate::clock::thread_time;
 use crate::footprint::Footprint;
 
 /// Work that was begun. It is done to its end, whoever waits for it. Comes to
@@ -23,10 +23,10 @@ pub fn begin<T: Send + 'static>(footprint: &Footprint, work: impl FnOnce() -> T 
     let places = Arc::clone(footprint.disk_places());
     let share = footprint.share().cloned();
     let work = move || {
-        let before = processor_time();
+        let before = thread_time();
         let done = work();
         if let Some(share) = share {
-            share.charge(processor_time().saturating_sub(before));
+            share.charge(thread_time().saturating_sub(before));
         }
         done
     };
@@ -46,12 +46,6 @@ pub fn begin<T: Send + 'static>(footprint: &Footprint, work: impl FnOnce() -> T 
             tokio::task::spawn_blocking(work).await.ok()
         }),
     })
-}
-
-/// Microseconds that this thread has computed for.
-fn processor_time() -> u64 {
-    let time = clock_gettime(ClockId::ThreadCPUTime);
-    u64::try_from(time.tv_sec).unwrap_or(0) * 1_000_000 + u64::try_from(time.tv_nsec).unwrap_or(0) / 1000
 }
 
 impl<T> Future for Work<T> {
@@ -100,8 +94,8 @@ mod tests {
         let share = Share::new(1, None);
         let footprint = Footprint::within(None, &share, &Together::new(u64::MAX));
         let compute = || {
-            let before = processor_time();
-            while processor_time() < before + 5000 {}
+            let before = thread_time();
+            while thread_time() < before + 5000 {}
         };
         begin(&footprint, compute).await.unwrap();
         assert!((5..1000).contains(&share.used().as_millis()), "{:?}", share.used());
