@@ -69,7 +69,6 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, books: &Books) -> R
         files,
         derivations: Arc::clone(&books.derivations),
         share: Arc::clone(&books.share),
-        scheduler: Arc::clone(&shared.scheduler),
         footprint: Arc::clone(&books.footprint),
         network: Arc::clone(&books.network),
         log: Arc::clone(&books.log),

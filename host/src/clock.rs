@@ -16,7 +16,7 @@ use std::future::{Future, poll_fn};
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::task::Poll;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use rustix::time::{ClockId, clock_gettime};
@@ -53,6 +53,16 @@ const NEVER: u64 = u64::MAX;
 
 /// Microseconds within which the time that passed stands for processor time.
 const SHORT: u64 = 200;
+
+/// What work passes each time before it computes; see [`Clock::enforce`].
+pub trait Turnstile {
+    /// Waits until the work may compute, which has done so for so many
+    /// microseconds.
+    fn poll_turn(&self, context: &mut Context<'_>, microseconds: u64) -> Poll<()>;
+
+    /// The work has computed for so many microseconds more.
+    fn computed(&self, microseconds: u64);
+}
 
 /// A limit was reached.
 #[derive(Clone, Copy, Debug)]
@@ -150,8 +160,8 @@ impl Clock {
         let _ = self.0.deadline.fetch_update(Ordering::Relaxed, Ordering::Relaxed, moved);
     }
 
-    /// Runs `work` until it is done or its time is up. Calls `computes` with
-    /// true each time before it computes, and with false each time after that.
+    /// Runs `work`, each time that `turns` lets it, until it is done or its time
+    /// is up.
     ///
     /// # Errors
     ///
@@ -159,25 +169,26 @@ impl Clock {
     pub async fn enforce<T>(
         &self,
         work: impl Future<Output = T>,
-        computes: impl Fn(bool),
+        turns: &impl Turnstile,
     ) -> Result<T, Elapsed> {
         let mut work = pin!(work);
         // Most requests are done at the first poll and need no timer.
         let mut timer: Option<(u64, std::pin::Pin<Box<tokio::time::Sleep>>)> = None;
         poll_fn(|context| {
-            computes(true);
-            let (started, since) = (thread_time(), self.now());
-            self.0.polled_at.store(started, Ordering::Relaxed);
-            let polled = work.as_mut().poll(context);
-            self.0.polled_at.store(NEVER, Ordering::Relaxed);
-            // The thread's time costs a system call. In so little time that
-            // passed, it can not be much less.
-            let passed = self.now() - since;
-            let used = if passed < SHORT { passed } else { thread_time().saturating_sub(started) };
-            self.0.cpu_used.fetch_add(used, Ordering::Relaxed);
-            computes(false);
-            if let Poll::Ready(done) = polled {
-                return Poll::Ready(Ok(done));
+            if turns.poll_turn(context, self.0.cpu_used.load(Ordering::Relaxed)).is_ready() {
+                let (started, since) = (thread_time(), self.now());
+                self.0.polled_at.store(started, Ordering::Relaxed);
+                let polled = work.as_mut().poll(context);
+                self.0.polled_at.store(NEVER, Ordering::Relaxed);
+                // The thread's time costs a system call. In so little time that
+                // passed, it can not be much less.
+                let passed = self.now() - since;
+                let used = if passed < SHORT { passed } else { thread_time().saturating_sub(started) };
+                self.0.cpu_used.fetch_add(used, Ordering::Relaxed);
+                turns.computed(used);
+                if let Poll::Ready(done) = polled {
+                    return Poll::Ready(Ok(done));
+                }
             }
             // The work may have moved the deadline.
             let at = self.0.deadline.load(Ordering::Relaxed);
@@ -252,6 +263,17 @@ fn microseconds(duration: Duration) -> u64 {
 mod tests {
     use super::*;
 
+    /// It may compute at all times.
+    struct Free;
+
+    impl Turnstile for Free {
+        fn poll_turn(&self, _: &mut Context<'_>, _: u64) -> Poll<()> {
+            Poll::Ready(())
+        }
+
+        fn computed(&self, _: u64) {}
+    }
+
     fn block_on<T>(future: impl Future<Output = T>) -> T {
         tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
     }
@@ -261,7 +283,7 @@ mod tests {
         block_on(async {
             let clock = Clock::new();
             clock.start(Some(Duration::from_millis(5)), None);
-            assert!(clock.enforce(std::future::pending::<()>(), |_| ()).await.is_err());
+            assert!(clock.enforce(std::future::pending::<()>(), &Free).await.is_err());
             assert!(clock.passed());
         });
     }
@@ -280,7 +302,7 @@ mod tests {
                         drop(pause);
                         7
                     },
-                    |_| (),
+                    &Free,
                 )
                 .await;
             assert_eq!(done.unwrap(), 7);
@@ -318,7 +340,7 @@ mod tests {
                         clock.start(Some(Duration::from_millis(5)), None);
                         std::future::pending::<()>().await;
                     },
-                    |_| (),
+                    &Free,
                 )
                 .await;
             assert!(stopped.is_err());
@@ -355,7 +377,7 @@ mod tests {
                         while thread_time() < start + 25_000 {}
                         assert!(clock.passed());
                     },
-                    |_| (),
+                    &Free,
                 )
                 .await;
             assert!(done.is_ok());

@@ -541,6 +541,7 @@ mod tests {
             load.push(start.elapsed());
         }
         let loaded = resident();
+        let share = Share::new(&Scheduler::new(None), 1, None);
         let grants = Grants {
             name: "app".into(),
             memory: 128 << 20,
@@ -552,14 +553,12 @@ mod tests {
             .unwrap(),
             network: Arc::new(NetworkGrants::new(Vec::new(), 0)),
             log: Arc::new(crate::guest_log::LineBudget::new(0)),
-            share: Share::new(1, None),
             footprint: crate::footprint::Footprint::new(None),
-            scheduler: Scheduler::new(),
             derivations: Arc::new(crate::key_derivation::Derivations::new(
-                Share::new(1, None),
-                Scheduler::new(),
+                Arc::clone(&share),
                 crate::footprint::Footprint::new(None),
             )),
+            share,
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {

@@ -60,7 +60,7 @@ impl<T> Future for Work<T> {
 mod tests {
     use super::*;
     use crate::footprint::Together;
-    use crate::scheduler::Share;
+    use crate::scheduler::{Scheduler, Share};
     use std::sync::mpsc;
 
     #[tokio::test]
@@ -91,7 +91,7 @@ mod tests {
 
     #[tokio::test]
     async fn its_processor_time_is_charged_and_its_waits_are_not() {
-        let share = Share::new(1, None);
+        let share = Share::new(&Scheduler::new(None), 1, None);
         let footprint = Footprint::within(None, &share, &Together::new(u64::MAX));
         let compute = || {
             let before = thread_time();

@@ -9,10 +9,10 @@ use wasmtime::{
     Config, Enabled, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig, Result,
 };
 
-/// Time between two ticks of the epoch. A guest that computes yields at each
-/// tick, so this is the time slice that requests on one core share. Shorter
-/// slices cost more switches than they gain in latency.
-pub const EPOCH_TICK: Duration = Duration::from_millis(5);
+/// Time between two ticks of the epoch, at which a guest is looked at: often
+/// while some compute for long, since others wait for them.
+const EPOCH_TICK: Duration = Duration::from_millis(5);
+const SHORT_TICK: Duration = Duration::from_millis(1);
 
 /// Stack for WebAssembly frames. CPython's own guard raises `RecursionError`
 /// before the stack ends from 24 MiB on; with less, deep recursion in C code
@@ -115,17 +115,21 @@ pub struct EpochTicker {
 }
 
 impl EpochTicker {
-    /// Starts the thread. It ends when the ticker is dropped or no one else
-    /// holds the engine.
+    /// Starts the thread. It ticks more often while `is_computing`, and ends when
+    /// the ticker is dropped or no one else holds the engine.
     ///
     /// # Errors
     ///
     /// If the thread can not be started.
-    pub fn start(engine: &Engine) -> std::io::Result<EpochTicker> {
+    pub fn start(
+        engine: &Engine,
+        is_computing: impl Fn() -> bool + Send + 'static,
+    ) -> std::io::Result<EpochTicker> {
         let engine = engine.weak();
         let (stop, stopped) = mpsc::channel();
         let thread = std::thread::Builder::new().name("epoch".into()).spawn(move || {
-            while stopped.recv_timeout(EPOCH_TICK) == Err(mpsc::RecvTimeoutError::Timeout) {
+            let tick = || if is_computing() { SHORT_TICK } else { EPOCH_TICK };
+            while stopped.recv_timeout(tick()) == Err(mpsc::RecvTimeoutError::Timeout) {
                 match engine.upgrade() {
                     Some(engine) => engine.increment_epoch(),
                     None => return,

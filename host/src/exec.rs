@@ -13,6 +13,7 @@ use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
 use crate::instance::{self, Instance, Streams};
 use crate::pool::Pools;
+use crate::scheduler::Scheduler;
 use crate::tenants::{Books, Shared};
 
 /// Runs the command and returns its exit status.
@@ -24,11 +25,11 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let engine = engine::runner(1)
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instance")?;
-    let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
+    let _ticker = EpochTicker::start(&engine, || false).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
-    let pools = Pools::new(1, 0, u64::MAX);
-    let shared = Shared::new(engine, pools, cache, args.grants.code, Duration::MAX, 0);
+    let (pools, scheduler) = (Pools::new(1, 0, u64::MAX), Scheduler::new(None));
+    let shared = Shared::new(engine, pools, cache, args.grants.code, Duration::MAX, 0, scheduler);
     let books = Books::new(&config, &shared.scheduler, shared.pools.memory(), None);
     let app::Loaded { program, grants, .. } = app::load_artifact(&shared, &config, &books)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -239,11 +239,12 @@ impl fmt::Debug for Together {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::scheduler::Scheduler;
 
     #[test]
     fn together_tenants_hold_no_more_than_there_is() {
         let all = Together::new(8 * LITTLE);
-        let share = Share::new(1, None);
+        let share = Share::new(&Scheduler::new(None), 1, None);
         let (one, two) = (Footprint::within(None, &share, &all), Footprint::within(None, &share, &all));
         let (mut large, mut little) = (one.hold(0), two.hold(0));
         assert!(large.grow(7 * LITTLE) && !large.grow(1), "an eighth is left for others");

@@ -28,6 +28,7 @@ use crate::footprint::{self, Footprint, Held};
 use crate::instance::Reply;
 use crate::pool::{Lease, Pool};
 use crate::request_id::RequestId;
+use crate::scheduler::{self, Share};
 use crate::static_files::{self, FileBody, Mount};
 use crate::tenants::{Tenant, Tenants};
 
@@ -65,6 +66,8 @@ pub struct App {
     pub pool: Arc<Pool>,
     /// Limits for its requests.
     pub limits: RequestLimits,
+    /// Its part in the use of the processors.
+    pub share: Arc<Share>,
     /// What it holds of the host's memory.
     pub footprint: Arc<Footprint>,
 }
@@ -248,8 +251,21 @@ async fn run(
     let exchange = Exchange::new(body, sender, &app.limits, &app.footprint).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
     let call = call(lease, observer.id, observer.method.clone(), (environ, inline, held), exchange, limits);
-    let call: Call = Box::pin(call);
-    Ok(Running { call: Some(call), clock, handed_at: None, events, observer, failed: None, _head: None })
+    let mut running = Running {
+        call: Some(Box::pin(call)),
+        share: Arc::clone(&app.share),
+        is_in_background: false,
+        clock,
+        handed_at: None,
+        events,
+        observer,
+        failed: None,
+        _head: None,
+    };
+    if app.share.is_ahead() {
+        running.go_on_in_background();
+    }
+    Ok(running)
 }
 
 /// Who hears how a request ended.
@@ -308,6 +324,9 @@ type Call = Pin<Box<dyn Future<Output = Result<Reply, Failure>> + Send>>;
 /// the app's `close()` runs. The guest's time limit holds there too.
 pub struct Running {
     call: Option<Call>,
+    share: Arc<Share>,
+    /// Then `call` only waits for it.
+    is_in_background: bool,
     clock: Clock,
     /// When hyper got a piece, until it asks for the next one: meanwhile the
     /// guest is not run, and its time does not pass.
@@ -332,11 +351,11 @@ impl Running {
     /// Runs the guest until it has a whole response, or the head of one.
     fn poll_first(&mut self, context: &mut Context<'_>) -> Poll<Result<First, Failure>> {
         let done = self.poll_call(context);
-        match (self.events.try_recv(), done) {
+        match (self.next_event(context), done) {
             // A head that was sent is of no use if the guest has failed since.
             (_, Poll::Ready(Err(failure))) => Poll::Ready(Err(failure)),
-            (Ok(Event::Head(head)), _) => Poll::Ready(Ok(First::Streaming(head))),
-            (Ok(Event::File(head, part)), _) => Poll::Ready(Ok(First::File(head, part))),
+            (Some(Event::Head(head)), _) => Poll::Ready(Ok(First::Streaming(head))),
+            (Some(Event::File(head, part)), _) => Poll::Ready(Ok(First::File(head, part))),
             (_, Poll::Ready(Ok(Reply::Complete(head, body)))) => Poll::Ready(Ok(First::Complete(head, body))),
             (_, Poll::Ready(Ok(Reply::Streamed))) => Poll::Ready(Err(Failure::App)),
             (_, Poll::Pending) => Poll::Pending,
@@ -347,17 +366,18 @@ impl Running {
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         self.resume();
         loop {
-            match self.events.try_recv() {
-                Ok(Event::Chunk(chunk)) => {
-                    self.handed_at = self.call.is_some().then(Instant::now);
+            match self.next_event(context) {
+                Some(Event::Chunk(chunk)) => {
+                    // In the background the guest goes on.
+                    self.handed_at = (self.call.is_some() && !self.is_in_background).then(Instant::now);
                     return Poll::Ready(Some(Ok(Frame::data(chunk))));
                 }
-                Ok(Event::End) => {
+                Some(Event::End) => {
                     self.observer.ended(Ok(()));
                     return Poll::Ready(None);
                 }
-                Ok(Event::Head(_) | Event::File(..)) => continue,
-                Err(_) => {}
+                Some(Event::Head(_) | Event::File(..)) => continue,
+                None => {}
             }
             match &mut self.failed {
                 Some((failure, true)) => return Poll::Ready(Some(Err(*failure))),
@@ -390,11 +410,37 @@ impl Running {
         let Some(call) = &mut self.call else {
             return Poll::Pending;
         };
-        let polled = call.as_mut().poll(context);
+        let mut polled = call.as_mut().poll(context);
+        if polled.is_pending() && !self.is_in_background && scheduler::is_long(self.clock.cpu_used()) {
+            self.go_on_in_background();
+            polled = self.call.as_mut().map_or(Poll::Pending, |call| call.as_mut().poll(context));
+        }
         if polled.is_ready() {
             self.call = None;
         }
         polled
+    }
+
+    /// Takes what the guest has sent.
+    fn next_event(&mut self, context: &mut Context<'_>) -> Option<Event> {
+        if !self.is_in_background {
+            // The guest sends only when it is polled here.
+            return self.events.try_recv().ok();
+        }
+        match self.events.poll_recv(context) {
+            Poll::Ready(event) => event,
+            Poll::Pending => None,
+        }
+    }
+
+    /// Gives the guest to the threads that are meant for those that compute for
+    /// long. It goes on there until it has sent more than was taken.
+    fn go_on_in_background(&mut self) {
+        let Some(call) = self.call.take() else { return };
+        let call = self.share.in_background(call);
+        self.is_in_background = true;
+        // It has panicked, or the server stops.
+        self.call = Some(Box::pin(async move { call.await.unwrap_or(Err(Failure::Trap)) }));
     }
 }
 
@@ -422,8 +468,8 @@ impl Running {
         while self.events.try_recv().is_ok() {}
         let observer = self.observer.clone();
         // Without a runtime the process is ending.
-        if let Ok(runtime) = tokio::runtime::Handle::try_current() {
-            runtime.spawn(async move {
+        if tokio::runtime::Handle::try_current().is_ok() {
+            self.share.in_background(async move {
                 match call.await {
                     Ok(_) | Err(Failure::App | Failure::ClientGone) => {}
                     Err(failure) => observer.ended(Err(failure)),

@@ -1,6 +1,6 @@
 //! One guest: a store with its grants and limits, and the calls into it.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -22,7 +22,7 @@ use crate::guest_log::{GuestLog, LineBudget, Printable};
 use crate::key_derivation::{self, Derivations, Derived, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
 use crate::request_id::RequestId;
-use crate::scheduler::{self, Scheduler, Share, Slot};
+use crate::scheduler::{Share, Turns};
 
 mod bindings {
     //! The WIT contract as Rust types and traits.
@@ -65,8 +65,6 @@ pub struct Grants {
     pub files: Arc<Files>,
     /// The app's part in the use of the processors.
     pub share: Arc<Share>,
-    /// Who hands out the processors.
-    pub scheduler: Arc<Scheduler>,
     /// What the app holds of the host's memory.
     pub footprint: Arc<Footprint>,
     /// What may be reached on the network.
@@ -174,12 +172,7 @@ impl Instance {
                 held: grants.footprint.hold(footprint::INSTANCE),
             },
             clock: Clock::new(),
-            turn: Turn {
-                slot: Arc::default(),
-                charged: 0,
-                share: Arc::clone(&grants.share),
-                scheduler: Arc::clone(&grants.scheduler),
-            },
+            turns: Turns::new(&grants.share),
             log,
             derivations: Arc::clone(&grants.derivations),
             exchange: None,
@@ -192,11 +185,10 @@ impl Instance {
         store.set_epoch_deadline(1);
         store.epoch_deadline_callback(on_epoch);
         // A component may run code of its own here.
-        let (clock, computes) = (store.data().clock.clone(), store.data().turn.follow());
+        let (clock, turns) = (store.data().clock.clone(), Arc::clone(&store.data().turns));
         clock.start(Some(START_TIMEOUT), None);
-        let started = clock.enforce(program.linked.instantiate_async(&mut store), computes).await;
+        let started = clock.enforce(program.linked.instantiate_async(&mut store), &*turns).await;
         clock.start(None, None);
-        store.data_mut().turn.charge(&clock);
         match started {
             Ok(guest) => Ok(Instance { store, guest: guest?, requests: 0 }),
             Err(Elapsed) => Err(Elapsed.into()),
@@ -225,19 +217,13 @@ impl Instance {
         let state = self.store.data_mut();
         state.log.begin(request);
         state.exchange = Some(exchange);
-        let (clock, computes) = (state.clock.clone(), state.turn.follow());
-        if state.turn.scheduler.is_ahead(&state.turn.share) {
-            put(&state.turn.slot, Some(state.turn.wait().await));
-        }
-        let state = self.store.data_mut();
-        state.turn.charged = 0;
+        let (clock, turns) = (state.clock.clone(), Arc::clone(&state.turns));
         clock.start(Some(limit), cpu);
         self.store.set_epoch_deadline(1);
         let handler = self.guest.wsgi_wasm_gateway_handler();
         let call = handler.call_handle(&mut self.store, environ, body);
-        let outcome = clock.enforce(call, computes).await;
+        let outcome = clock.enforce(call, &*turns).await;
         let state = self.store.data_mut();
-        state.turn.charge(&clock);
         let outcome = match outcome {
             Ok(Ok(returned)) => Ok(returned),
             Ok(Err(error)) if error.is::<Elapsed>() => Err(Failure::Timeout),
@@ -283,9 +269,9 @@ impl Instance {
         clock.start(limit, None);
         self.store.set_epoch_deadline(1);
         let command = self.guest.wsgi_wasm_gateway_command();
-        let computes = self.store.data().turn.follow();
+        let turns = Arc::clone(&self.store.data().turns);
         let run = command.call_run(&mut self.store, arguments);
-        let status = clock.enforce(run, computes).await.map_err(wasmtime::Error::from)?;
+        let status = clock.enforce(run, &*turns).await.map_err(wasmtime::Error::from)?;
         match status {
             // It did what it was told.
             Ok(1..) if clock.was_told() => Err(Elapsed.into()),
@@ -324,54 +310,8 @@ fn on_epoch(mut store: StoreContextMut<'_, HostState>) -> wasmtime::Result<Updat
     if state.clock.passed() {
         return Err(Elapsed.into());
     }
-    state.turn.charge(&state.clock);
-    // In line for the next slot before this one is given up.
-    let (slot, turn) = (Arc::clone(&state.turn.slot), state.turn.wait());
-    Ok(UpdateDeadline::YieldCustom(1, Box::pin(async move { put(&slot, Some(turn.await)) })))
-}
-
-/// A guest's place in the queue for the processors.
-struct Turn {
-    /// The slot that the guest computes in, if it needed one. Given back each
-    /// time that it stops computing.
-    slot: Arc<Mutex<Option<Slot>>>,
-    /// Microseconds of this request's processor time that the tenant was
-    /// charged for.
-    charged: u64,
-    share: Arc<Share>,
-    scheduler: Arc<Scheduler>,
-}
-
-impl Turn {
-    /// Charges the tenant for what came up since the last time.
-    fn charge(&mut self, clock: &Clock) {
-        let used = clock.cpu_used();
-        self.share.charge(used.saturating_sub(self.charged));
-        self.charged = used;
-    }
-
-    /// Gets in line for the tenant's turn.
-    fn wait(&self) -> scheduler::Turn {
-        self.scheduler.turn(&self.share)
-    }
-
-    /// What [`Clock::enforce`] calls: counts the guest while it computes, and
-    /// gives its slot back each time that it stops.
-    fn follow(&self) -> impl Fn(bool) + use<> {
-        let (scheduler, slot) = (Arc::clone(&self.scheduler), Arc::clone(&self.slot));
-        move |starts| {
-            scheduler.computes(starts);
-            if !starts {
-                put(&slot, None);
-            }
-        }
-    }
-}
-
-/// Puts a slot in its place, or gives the one that is there back.
-fn put(place: &Mutex<Option<Slot>>, slot: Option<Slot>) {
-    let before = std::mem::replace(&mut *place.lock().unwrap_or_else(PoisonError::into_inner), slot);
-    drop(before);
+    let is_over = state.turns.is_over(state.clock.cpu_used());
+    Ok(if is_over { UpdateDeadline::Yield(1) } else { UpdateDeadline::Continue(1) })
 }
 
 /// What the host keeps for one instance.
@@ -380,7 +320,7 @@ pub struct HostState {
     resources: ResourceTable,
     limits: Limits,
     clock: Clock,
-    turn: Turn,
+    turns: Arc<Turns>,
     log: GuestLog,
     derivations: Arc<Derivations>,
     /// The request that the guest works on.
@@ -581,8 +521,6 @@ impl HostState {
         match derived {
             Ok((key, spent)) => {
                 self.clock.spend(spent);
-                // The tenant was charged for it already.
-                self.turn.charged += u64::try_from(spent.as_micros()).unwrap_or(u64::MAX);
                 Ok(key)
             }
             Err(Refusal::Invalid(reason)) => Err(wit_key_derivation::DerivationError::Invalid(reason)),

@@ -16,6 +16,7 @@ use pbkdf2::hmac::digest::{FixedOutput as _, KeyInit as _, Output, Update as _};
 use pbkdf2::hmac::{EagerHash, Hmac};
 use tokio::sync::Semaphore;
 
+use crate::clock::thread_time;
 use crate::footprint::Footprint;
 use crate::scheduler::{Scheduler, Share, processors};
 
@@ -47,14 +48,12 @@ const MAX_LENGTH: u32 = 1 << 16;
 /// Who may use scrypt: as many at a time as there are cores, so that a flood of
 /// logins takes no more threads and no more memory than that. Not the turns of
 /// the guests, which nobody may keep for so long.
-static SCRYPT_TURNS: LazyLock<Arc<Scheduler>> = LazyLock::new(Scheduler::new);
+static SCRYPT_TURNS: LazyLock<Arc<Scheduler>> = LazyLock::new(|| Scheduler::new(None));
 
 /// One app's part in the derivations.
 #[derive(Debug)]
 pub struct Derivations {
     share: Arc<Share>,
-    /// Who hands out the processors.
-    scheduler: Arc<Scheduler>,
     /// The app's part in [`SCRYPT_TURNS`]. A share of its own: one that was
     /// used with two schedulers would take the backlog of each to the other.
     scrypt_share: Arc<Share>,
@@ -66,13 +65,12 @@ pub struct Derivations {
 }
 
 impl Derivations {
-    /// For the app with this share in the processors of `scheduler`, and what
-    /// it holds of the host's memory.
-    pub fn new(share: Arc<Share>, scheduler: Arc<Scheduler>, footprint: Arc<Footprint>) -> Derivations {
+    /// For the app with this share in the processors, and what it holds of the
+    /// host's memory.
+    pub fn new(share: Arc<Share>, footprint: Arc<Footprint>) -> Derivations {
         Derivations {
             share,
-            scheduler,
-            scrypt_share: Share::new(1, None),
+            scrypt_share: Share::new(&SCRYPT_TURNS, 1, None),
             footprint,
             places: Arc::new(Semaphore::new(processors())),
             scrypt_places: Arc::new(Semaphore::new((processors() / 2).max(1))),
@@ -165,13 +163,13 @@ pub async fn pbkdf2_hmac(
     let place = app.places.acquire().await.map_err(|_| failed())?;
     let mut spent = Duration::ZERO;
     loop {
-        let slot = app.scheduler.turn(&app.share).await;
+        let slot = app.share.turn().await;
         let share = Arc::clone(&app.share);
-        let slice = tokio::task::spawn_blocking(move || {
+        let slice = app.share.in_background_blocking(move || {
             // Held by the work, not by the request: that may be gone before.
             let _held = slot;
-            let start = Instant::now();
-            let key = work.go_on(start + SLICE);
+            let start = thread_time();
+            let key = work.go_on(Instant::now() + SLICE);
             (work, key, charge(&share, start))
         });
         let (key, time);
@@ -317,7 +315,7 @@ pub async fn scrypt(
         )));
     }
     let place = Arc::clone(&app.scrypt_places).acquire_owned().await.map_err(|_| failed())?;
-    let slot = SCRYPT_TURNS.turn(&app.scrypt_share).await;
+    let slot = app.scrypt_share.turn().await;
     let mut held = app.footprint.hold(0);
     if !held.grow(memory) {
         return Err(Refusal::TooExpensive(format!(
@@ -325,10 +323,10 @@ pub async fn scrypt(
         )));
     }
     let shares = (Arc::clone(&app.share), Arc::clone(&app.scrypt_share));
-    let derived = tokio::task::spawn_blocking(move || {
+    let derived = app.share.in_background_blocking(move || {
         // Held by the work, not by the request: that may be gone before.
         let _held = (place, slot, held);
-        let start = Instant::now();
+        let start = thread_time();
         let mut key = vec![0; length as usize];
         // Fails only for a key length that was checked above.
         let _ = scrypt::scrypt(&password, &salt, &parameters, &mut key);
@@ -360,11 +358,11 @@ fn failed() -> Refusal {
     Refusal::TooExpensive("the host could not run the derivation".into())
 }
 
-/// Charges a tenant for the time since `start`, and returns that.
-fn charge(share: &Share, start: Instant) -> Duration {
-    let spent = start.elapsed();
-    share.charge(u64::try_from(spent.as_micros()).unwrap_or(u64::MAX));
-    spent
+/// Charges a tenant for this thread's processor time since `start`, and returns that.
+fn charge(share: &Share, start: u64) -> Duration {
+    let spent = thread_time().saturating_sub(start);
+    share.charge(spent);
+    Duration::from_micros(spent)
 }
 
 #[cfg(test)]
@@ -380,7 +378,7 @@ mod tests {
     }
 
     fn limited(memory: Option<u64>) -> Derivations {
-        Derivations::new(Share::new(1, None), Scheduler::new(), Footprint::new(memory))
+        Derivations::new(Share::new(&Scheduler::new(None), 1, None), Footprint::new(memory))
     }
 
     fn hex(bytes: &[u8]) -> String {

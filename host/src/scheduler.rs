@@ -1,48 +1,95 @@
 //! Who may compute when all processors are busy.
 //!
-//! A request that is done within one tick of the epoch starts at once, as long
-//! as its tenant has not had more than others. One that computes for longer
-//! needs a [`Slot`] for each further tick. There are as many slots as
-//! processors, and when more want one than there are, the tenant that has had
-//! the least processor time for its weight goes first. So a tenant's share does
-//! not depend on how many requests it has open.
+//! Each tenant has a virtual time: the processor time that it had, divided by
+//! its weight. What it would be if all that are active had shared equally is the
+//! virtual time of the scheduler (that of generalized processor sharing). A
+//! tenant that had more than that, while others want to compute, is ahead.
 //!
-//! The runtime has more threads than there are slots: a new, short request
-//! finds a free thread at once, and the kernel gives that one precedence over
-//! those that compute.
+//! There are two kinds of threads. On those of the runtime a request starts at
+//! once; they are for requests that are soon done. A request that computes for
+//! longer, and each one of a tenant that is ahead, goes on in the background,
+//! on threads to which the kernel gives less, and which let others go first at
+//! each tick of the epoch. There it needs a [`Slot`] for each slice of time. There are as many slots as processors, and when more want
+//! one than there are, the tenant with the least virtual time goes first. So a
+//! tenant's share does not depend on how many requests it has open.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use rustix::process::nice;
+use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
 
-/// Processor time, scaled, that a tenant may be ahead of the others before its
-/// new requests wait for a slot too.
-const HEAD_START: u64 = 50_000;
+use crate::clock::Turnstile;
 
-/// Processor time, scaled, that a tenant may be behind the others and still be
-/// owed. One that has fewer requests at work than its share allows can not use
-/// it all, and must not save it up for later.
-const CREDIT: u64 = 20_000_000;
+/// Virtual time for a microsecond of a tenant with weight 1.
+const SCALE: u64 = 1000;
+
+/// Virtual time that a tenant may have more than its part and not be ahead:
+/// some requests' worth, so that it is not by chance.
+const HEAD_START: u64 = 5_000 * SCALE;
+
+/// Virtual time that a tenant may have more or less than its part, and owe it
+/// or be owed it. One whose requests can not use its part, or that could have
+/// others' parts since they did not, has saved nothing up and owes nothing.
+const CREDIT: u64 = 200_000 * SCALE;
 
 /// How much slower a tenant without budget goes.
 const PENALTY: u64 = 10;
 
+/// Microseconds for which a tenant is active after it was last seen.
+const LINGER: u64 = 10_000_000;
+
+/// Microseconds after which is looked at who is still active, and how busy the
+/// processors are.
+const SURVEY: u64 = 20_000;
+
+/// The part of the processors' time that guests use when they are busy: the
+/// host's own work takes as much again.
+const BUSY: u64 = 3;
+
+/// Processor time for which a slot is good, and after which a request goes on in
+/// the background. Shorter slices cost more switches than they gain in latency.
+const SLICE: u64 = 5_000;
+
+/// What the threads in the background are nicer by. A tenth of a processor is
+/// theirs, whatever the others do.
+const NICENESS: i32 = 10;
+
+/// The threads that are meant for guests that compute for long.
+///
+/// # Errors
+///
+/// If they can not be started.
+pub fn background() -> std::io::Result<Runtime> {
+    Builder::new_multi_thread()
+        // More than slots: one that waited for its client or a file finds a thread.
+        .worker_threads(2 * processors())
+        .thread_name("background")
+        .on_thread_start(|| {
+            // Where it is refused, they are like the others.
+            let _ = nice(NICENESS);
+        })
+        .enable_all()
+        .build()
+}
+
 /// A tenant's part in the use of the processors.
 #[derive(Debug)]
 pub struct Share {
+    scheduler: Arc<Scheduler>,
     weight: u64,
-    /// Processor time in microseconds by weight: the one who has least of it
-    /// goes first.
     virtual_time: AtomicU64,
     /// Processor time in microseconds, ever.
     used: AtomicU64,
-    /// Slots that its requests have or wait for. Changed under the scheduler's
-    /// lock.
-    active: AtomicUsize,
+    /// When it last wanted to compute, in the scheduler's microseconds.
+    seen_at: AtomicU64,
+    /// Whether it is among the scheduler's active ones. Changed under the lock.
+    is_active: AtomicBool,
     budget: Option<Budget>,
 }
 
@@ -61,7 +108,7 @@ struct Budget {
 
 impl Share {
     /// A share with `weight` relative to others, and a budget for each minute.
-    pub fn new(weight: u32, cpu_per_minute: Option<Duration>) -> Arc<Share> {
+    pub fn new(scheduler: &Arc<Scheduler>, weight: u32, cpu_per_minute: Option<Duration>) -> Arc<Share> {
         let budget = cpu_per_minute.map(|time| {
             let per_minute = i64::try_from(time.as_micros()).unwrap_or(i64::MAX);
             Budget {
@@ -73,10 +120,12 @@ impl Share {
             }
         });
         Arc::new(Share {
+            scheduler: Arc::clone(scheduler),
             weight: u64::from(weight.max(1)),
             virtual_time: AtomicU64::new(0),
             used: AtomicU64::new(0),
-            active: AtomicUsize::new(0),
+            seen_at: AtomicU64::new(0),
+            is_active: AtomicBool::new(false),
             budget,
         })
     }
@@ -84,7 +133,7 @@ impl Share {
     /// Notes that `microseconds` of processor time were used.
     pub fn charge(&self, microseconds: u64) {
         self.used.fetch_add(microseconds, Ordering::Relaxed);
-        let mut scaled = microseconds.saturating_mul(100) / self.weight;
+        let mut scaled = microseconds.saturating_mul(SCALE);
         if let Some(budget) = &self.budget {
             budget.fill();
             let spent = i64::try_from(microseconds).unwrap_or(i64::MAX);
@@ -94,12 +143,81 @@ impl Share {
                 scaled = scaled.saturating_mul(PENALTY);
             }
         }
-        self.virtual_time.fetch_add(scaled, Ordering::Relaxed);
+        let scheduler = &*self.scheduler;
+        let active_weight = scheduler.active_weight.load(Ordering::Relaxed).max(self.weight);
+        let part = scaled / active_weight;
+        let most = scheduler.virtual_time.fetch_add(part, Ordering::Relaxed) + part + CREDIT;
+        let own = scaled / self.weight;
+        if self.virtual_time.fetch_add(own, Ordering::Relaxed) + own > most {
+            self.virtual_time.fetch_min(most, Ordering::Relaxed);
+        }
+        scheduler.survey(microseconds);
     }
 
-    /// Raises the virtual time to at least `time`, and returns it.
-    fn rise_to(&self, time: u64) -> u64 {
-        self.virtual_time.fetch_max(time, Ordering::Relaxed).max(time)
+    /// Whether the tenant has had more than its part while others want to compute.
+    pub fn is_ahead(self: &Arc<Self>) -> bool {
+        self.see();
+        let scheduler = &*self.scheduler;
+        scheduler.active_weight.load(Ordering::Relaxed) > self.weight
+            && (scheduler.is_busy.load(Ordering::Relaxed) || scheduler.is_contended.load(Ordering::Relaxed))
+            && self.virtual_time.load(Ordering::Relaxed)
+                > scheduler.virtual_time.load(Ordering::Relaxed).saturating_add(HEAD_START)
+    }
+
+    /// Gets in line for a slot. At once, and not when the result is first
+    /// polled: a request that has a slot and wants the next one must be in line
+    /// when it gives its own up, or it would be passed over by those that are.
+    pub fn turn(self: &Arc<Self>) -> Turn {
+        self.see();
+        let mut state = self.scheduler.lock();
+        if state.free > 0 {
+            state.free -= 1;
+            return Turn(Place::Free(Slot(Some(Arc::clone(&self.scheduler))), false));
+        }
+        let (sender, receiver) = oneshot::channel();
+        state.waiting.push((Arc::clone(self), sender));
+        self.scheduler.is_contended.store(true, Ordering::Relaxed);
+        Turn(Place::Waiting(receiver))
+    }
+
+    /// Lets `work` of the tenant go on in the background.
+    pub fn in_background<T: Send + 'static>(
+        &self,
+        work: impl Future<Output = T> + Send + 'static,
+    ) -> JoinHandle<T> {
+        match &self.scheduler.background {
+            Some(background) => background.spawn(work),
+            None => tokio::spawn(work),
+        }
+    }
+
+    /// The same for work that blocks its thread.
+    pub fn in_background_blocking<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> T + Send + 'static,
+    ) -> JoinHandle<T> {
+        match &self.scheduler.background {
+            Some(background) => background.spawn_blocking(work),
+            None => tokio::task::spawn_blocking(work),
+        }
+    }
+
+    /// Counts the tenant among those that want to compute.
+    fn see(self: &Arc<Self>) {
+        let scheduler = &*self.scheduler;
+        self.seen_at.store(scheduler.now(), Ordering::Relaxed);
+        let mut owed = CREDIT;
+        if !self.is_active.load(Ordering::Relaxed) {
+            let mut state = scheduler.lock();
+            if !self.is_active.swap(true, Ordering::Relaxed) {
+                scheduler.active_weight.fetch_add(self.weight, Ordering::Relaxed);
+                state.active.push(Arc::clone(self));
+                // It wanted nothing, so it is owed nothing.
+                owed = 0;
+            }
+        }
+        let now = scheduler.virtual_time.load(Ordering::Relaxed);
+        self.virtual_time.fetch_max(now.saturating_sub(owed), Ordering::Relaxed);
     }
 
     /// Processor time used, ever.
@@ -145,27 +263,33 @@ impl Budget {
 #[derive(Debug)]
 pub struct Scheduler {
     state: Mutex<State>,
-    slots: usize,
-    /// Guests that compute at this moment, with a slot or in their first tick.
-    computing: AtomicUsize,
+    slots: u64,
+    base: Instant,
+    /// What a tenant with its part, no more and no less, would have.
+    virtual_time: AtomicU64,
+    /// The weights of the active tenants together.
+    active_weight: AtomicU64,
+    /// Processor time in microseconds since the last survey, which was then.
+    charged: AtomicU64,
+    surveyed_at: AtomicU64,
+    is_busy: AtomicBool,
     /// Whether anyone waits: what most requests ask, without the lock.
-    contended: AtomicBool,
+    is_contended: AtomicBool,
+    background: Option<Handle>,
 }
 
 #[derive(Debug)]
 struct State {
     free: usize,
     waiting: Vec<(Arc<Share>, oneshot::Sender<Slot>)>,
-    /// The most virtual time that any tenant had when it got a slot. One that
-    /// comes back after a rest starts here: idle time can not be saved up.
-    floor: u64,
+    active: Vec<Arc<Share>>,
 }
 
-/// The right to compute for one tick. Goes to the next in line when dropped.
+/// The right to compute for a slice of time. Goes to the next in line when dropped.
 #[derive(Debug)]
-pub struct Slot(Option<(Arc<Scheduler>, Arc<Share>)>);
+pub struct Slot(Option<Arc<Scheduler>>);
 
-/// A place in the line for a slot, from [`Scheduler::turn`].
+/// A place in the line for a slot, from [`Share::turn`].
 #[derive(Debug)]
 pub struct Turn(Place);
 
@@ -198,68 +322,72 @@ impl Future for Turn {
 }
 
 impl Scheduler {
-    /// A scheduler for this machine's processors.
-    pub fn new() -> Arc<Scheduler> {
-        Scheduler::with_slots(processors())
+    /// A scheduler for this machine's processors, with threads for work in the
+    /// background; without them it goes on where it is.
+    pub fn new(background: Option<Handle>) -> Arc<Scheduler> {
+        Scheduler::with_slots(processors(), background)
     }
 
-    fn with_slots(slots: usize) -> Arc<Scheduler> {
+    fn with_slots(slots: usize, background: Option<Handle>) -> Arc<Scheduler> {
         Arc::new(Scheduler {
-            state: Mutex::new(State { free: slots, waiting: Vec::new(), floor: 0 }),
-            slots,
-            computing: AtomicUsize::new(0),
-            contended: AtomicBool::new(false),
+            state: Mutex::new(State { free: slots, waiting: Vec::new(), active: Vec::new() }),
+            slots: slots as u64,
+            base: Instant::now(),
+            virtual_time: AtomicU64::new(0),
+            active_weight: AtomicU64::new(0),
+            charged: AtomicU64::new(0),
+            surveyed_at: AtomicU64::new(0),
+            is_busy: AtomicBool::new(false),
+            is_contended: AtomicBool::new(false),
+            background,
         })
     }
 
-    /// Gets in line for a slot. At once, and not when the result is first
-    /// polled: a request that has a slot and wants the next one must be in line
-    /// when it gives its own up, or it would be passed over by those that are.
-    pub fn turn(self: &Arc<Self>, share: &Arc<Share>) -> Turn {
+    /// Whether guests compute for long at this moment.
+    pub fn is_computing(&self) -> bool {
+        (self.lock().free as u64) < self.slots
+    }
+
+    /// Counts what was charged; from time to time, looks at how busy the
+    /// processors are, and who is still active.
+    fn survey(&self, charged: u64) {
+        let charged = self.charged.fetch_add(charged, Ordering::Relaxed) + charged;
+        let (now, before) = (self.now(), self.surveyed_at.load(Ordering::Relaxed));
+        let passed = now.saturating_sub(before);
+        if passed < SURVEY
+            || self.surveyed_at.compare_exchange(before, now, Ordering::Relaxed, Ordering::Relaxed).is_err()
+        {
+            return;
+        }
+        self.charged.fetch_sub(charged, Ordering::Relaxed);
+        self.is_busy
+            .store(charged.saturating_mul(BUSY) >= passed.saturating_mul(self.slots), Ordering::Relaxed);
         let mut state = self.lock();
-        // One that had nothing at work has nothing to be owed.
-        let owed = if share.active.fetch_add(1, Ordering::Relaxed) == 0 { 0 } else { CREDIT };
-        let since = share.rise_to(state.floor.saturating_sub(owed));
-        if state.free > 0 {
-            state.free -= 1;
-            state.floor = state.floor.max(since);
-            return Turn(Place::Free(Slot(Some((Arc::clone(self), Arc::clone(share)))), false));
+        for (share, _) in &state.waiting {
+            share.seen_at.store(now, Ordering::Relaxed);
         }
-        let (sender, receiver) = oneshot::channel();
-        state.waiting.push((Arc::clone(share), sender));
-        self.contended.store(true, Ordering::Relaxed);
-        Turn(Place::Waiting(receiver))
+        state.active.retain(|share| {
+            let stays = now.saturating_sub(share.seen_at.load(Ordering::Relaxed)) < LINGER;
+            if !stays {
+                share.is_active.store(false, Ordering::Relaxed);
+                self.active_weight.fetch_sub(share.weight, Ordering::Relaxed);
+            }
+            stays
+        });
     }
 
-    /// Whether a new request of `share` should wait for its turn: the
-    /// processors are busy, and its tenant has had more than others.
-    pub fn is_ahead(&self, share: &Share) -> bool {
-        let is_busy =
-            self.contended.load(Ordering::Relaxed) || self.computing.load(Ordering::Relaxed) >= self.slots;
-        if !is_busy {
-            return false;
-        }
-        let state = self.lock();
-        share.rise_to(state.floor.saturating_sub(CREDIT)) > state.floor.saturating_add(HEAD_START)
-    }
-
-    /// Counts a guest that computes, until it stops.
-    pub fn computes(&self, starts: bool) {
-        if starts {
-            self.computing.fetch_add(1, Ordering::Relaxed);
-        } else {
-            self.computing.fetch_sub(1, Ordering::Relaxed);
-        }
+    /// Microseconds since the scheduler was made.
+    fn now(&self) -> u64 {
+        u64::try_from(self.base.elapsed().as_micros()).unwrap_or(u64::MAX)
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Gives the slot that `from` has done with to the one who has had the least.
-    fn pass_on(self: &Arc<Self>, from: &Share) {
+    /// Gives a slot that is free again to the one who has had the least.
+    fn pass_on(self: &Arc<Self>) {
         let mut state = self.lock();
-        from.active.fetch_sub(1, Ordering::Relaxed);
         loop {
             let next = state
                 .waiting
@@ -269,27 +397,16 @@ impl Scheduler {
                 .map(|(index, _)| index);
             let Some(index) = next else {
                 state.free += 1;
-                self.contended.store(false, Ordering::Relaxed);
+                self.is_contended.store(false, Ordering::Relaxed);
                 return;
             };
             // In order of arrival within one tenant: `remove`, not `swap_remove`.
-            let (share, sender) = state.waiting.remove(index);
-            if sender.is_closed() {
-                share.active.fetch_sub(1, Ordering::Relaxed);
-                continue;
-            }
-            let floor = state.floor.max(share.virtual_time.load(Ordering::Relaxed));
-            match sender.send(Slot(Some((Arc::clone(self), Arc::clone(&share))))) {
-                Ok(()) => {
-                    state.floor = floor;
-                    return;
-                }
-                // Its request was dropped just now. Its slot must not come
-                // back here while the lock is held.
-                Err(mut slot) => {
-                    slot.0 = None;
-                    share.active.fetch_sub(1, Ordering::Relaxed);
-                }
+            let (_, sender) = state.waiting.remove(index);
+            match sender.send(Slot(Some(Arc::clone(self)))) {
+                Ok(()) => return,
+                // Its request is gone. Its slot must not come back here while
+                // the lock is held.
+                Err(mut slot) => slot.0 = None,
             }
         }
     }
@@ -297,10 +414,91 @@ impl Scheduler {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        if let Some((scheduler, share)) = self.0.take() {
-            scheduler.pass_on(&share);
+        if let Some(scheduler) = self.0.take() {
+            scheduler.pass_on();
         }
     }
+}
+
+/// One guest's way to the processors: it computes when it is its turn.
+#[derive(Debug)]
+pub struct Turns {
+    share: Arc<Share>,
+    standing: Mutex<Standing>,
+}
+
+#[derive(Debug, Default)]
+struct Standing {
+    /// It waits for its turn.
+    turn: Option<Turn>,
+    /// It has its turn. Given back each time that it stops computing.
+    slot: Option<Slot>,
+    /// The processor time of its request in microseconds that the slot is good for.
+    until: u64,
+}
+
+impl Turns {
+    /// For one guest of the tenant with this share.
+    pub fn new(share: &Arc<Share>) -> Arc<Turns> {
+        Arc::new(Turns { share: Arc::clone(share), standing: Mutex::default() })
+    }
+
+    /// Whether the guest, whose request has computed for so many microseconds,
+    /// must stop until it is its turn. It is then in line already, while it
+    /// still computes.
+    pub fn is_over(&self, microseconds: u64) -> bool {
+        let mut standing = self.lock();
+        let is_over = match standing.slot {
+            Some(_) => microseconds >= standing.until,
+            None => is_long(microseconds) || self.share.is_ahead(),
+        };
+        if is_over {
+            standing.turn = Some(self.share.turn());
+        } else if standing.slot.is_some() {
+            drop(standing);
+            let_others_go_first();
+        }
+        is_over
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Standing> {
+        self.standing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Turnstile for Turns {
+    fn poll_turn(&self, context: &mut Context<'_>, microseconds: u64) -> Poll<()> {
+        let mut standing = self.lock();
+        if standing.turn.is_none() {
+            if !self.share.is_ahead() {
+                return Poll::Ready(());
+            }
+            standing.turn = Some(self.share.turn());
+        }
+        let Some(turn) = &mut standing.turn else { return Poll::Ready(()) };
+        Pin::new(turn).poll(context).map(|slot| {
+            *standing = Standing { turn: None, slot: Some(slot), until: microseconds + SLICE };
+        })
+    }
+
+    fn computed(&self, microseconds: u64) {
+        // Before the slot goes to the one who has had the least.
+        self.share.charge(microseconds);
+        let Some(slot) = self.lock().slot.take() else { return };
+        drop(slot);
+        let_others_go_first();
+    }
+}
+
+/// Lets the kernel run what was woken. Else it first lets the slice of this
+/// thread end, and looks at that with its own tick only.
+fn let_others_go_first() {
+    std::thread::yield_now();
+}
+
+/// Processor time after which a request goes on in the background.
+pub fn is_long(microseconds: u64) -> bool {
+    microseconds >= SLICE
 }
 
 /// The number of processors that we may use.
@@ -313,27 +511,32 @@ mod tests {
     use super::*;
 
     fn run<T>(future: impl Future<Output = T>) -> T {
-        tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(future)
+        Builder::new_current_thread().build().unwrap().block_on(future)
     }
 
-    /// Lets tasks of `shares` compute in turns of so many slots, as requests do
+    /// Shares with these weights in so many processors.
+    fn shares<const N: usize>(slots: usize, weights: [u32; N]) -> [Arc<Share>; N] {
+        let scheduler = Scheduler::with_slots(slots, None);
+        weights.map(|weight| Share::new(&scheduler, weight, None))
+    }
+
+    /// Lets tasks of `shares` compute in turns, as requests do
     /// that never end, and returns how many turns each share got of `turns`.
-    fn compete(slots: usize, shares: &[(Arc<Share>, usize)], turns: usize) -> Vec<u64> {
-        let scheduler = Scheduler::with_slots(slots);
+    fn compete(shares: &[(Arc<Share>, usize)], turns: usize) -> Vec<u64> {
         run(async {
             let left = std::rc::Rc::new(std::cell::Cell::new(turns));
             let local = tokio::task::LocalSet::new();
             for (share, tasks) in shares {
                 for _ in 0..*tasks {
-                    let (share, scheduler, left) = (Arc::clone(share), Arc::clone(&scheduler), left.clone());
+                    let (share, left) = (Arc::clone(share), left.clone());
                     local.spawn_local(async move {
-                        let mut slot = scheduler.turn(&share).await;
+                        let mut slot = share.turn().await;
                         while left.get() > 0 {
                             left.set(left.get() - 1);
                             // The others have their turns meanwhile.
                             tokio::task::yield_now().await;
                             share.charge(5000);
-                            let next = scheduler.turn(&share);
+                            let next = share.turn();
                             drop(slot);
                             slot = next.await;
                         }
@@ -347,31 +550,32 @@ mod tests {
 
     #[test]
     fn a_share_does_not_depend_on_the_number_of_requests() {
-        let (one, many) = (Share::new(1, None), Share::new(1, None));
-        let turns = compete(1, &[(one, 1), (many, 20)], 1000);
+        let [one, many] = shares(1, [1, 1]);
+        let turns = compete(&[(one, 1), (many, 20)], 1000);
         assert!(turns[0].abs_diff(500) <= 20, "{turns:?}");
         // One request can use one of two slots, and is to have that whole.
-        let (one, many) = (Share::new(1, None), Share::new(1, None));
-        let turns = compete(2, &[(one, 1), (many, 20)], 1000);
+        let [one, many] = shares(2, [1, 1]);
+        let turns = compete(&[(one, 1), (many, 20)], 1000);
         assert!(turns[0].abs_diff(500) <= 50, "{turns:?}");
     }
 
     #[test]
     fn a_share_follows_its_weight() {
-        let (light, heavy) = (Share::new(1, None), Share::new(3, None));
-        let turns = compete(1, &[(light, 5), (heavy, 5)], 1000);
+        let [light, heavy] = shares(1, [1, 3]);
+        let turns = compete(&[(light, 5), (heavy, 5)], 1000);
         assert!(turns[0].abs_diff(250) <= 20, "{turns:?}");
-        let (light, heavy) = (Share::new(1, None), Share::new(10, None));
-        let turns = compete(2, &[(light, 14), (heavy, 2)], 1000);
+        let [light, heavy] = shares(2, [1, 10]);
+        let turns = compete(&[(light, 14), (heavy, 2)], 1000);
         assert!(turns[0].abs_diff(91) <= 30, "{turns:?}");
     }
 
     #[test]
     fn over_its_budget_a_tenant_goes_slower_and_then_not_at_all() {
-        let share = Share::new(1, Some(Duration::from_millis(100)));
-        let other = Share::new(1, None);
+        let scheduler = Scheduler::with_slots(1, None);
+        let share = Share::new(&scheduler, 1, Some(Duration::from_millis(100)));
+        let other = Share::new(&scheduler, 1, None);
         assert_eq!(share.exhausted(), None);
-        let turns = compete(1, &[(Arc::clone(&share), 5), (other, 5)], 300);
+        let turns = compete(&[(Arc::clone(&share), 5), (other, 5)], 300);
         assert!(turns[0] < 60, "{turns:?}");
         share.charge(200_000);
         assert!(share.exhausted().is_some_and(|seconds| (1..=60).contains(&seconds)));
@@ -380,35 +584,70 @@ mod tests {
     #[test]
     fn a_request_that_is_gone_does_not_keep_its_slot() {
         run(async {
-            let scheduler = Scheduler::with_slots(1);
-            let share = Share::new(1, None);
-            let held = scheduler.turn(&share).await;
-            let mut waiting = scheduler.turn(&share);
+            let scheduler = Scheduler::with_slots(1, None);
+            let share = Share::new(&scheduler, 1, None);
+            let held = share.turn().await;
+            let mut waiting = share.turn();
             assert!(futures_poll(&mut waiting).await);
             drop(waiting);
             drop(held);
             assert_eq!(scheduler.lock().free, 1);
             // Nor does one that had it, but not yet looked.
-            let mut given = scheduler.turn(&share);
+            let mut given = share.turn();
             assert!(futures_poll(&mut given).await);
             drop(given);
-            assert_eq!((scheduler.lock().free, share.active.load(Ordering::Relaxed)), (1, 0));
+            assert_eq!(scheduler.lock().free, 1);
         });
     }
 
     #[test]
     fn what_was_not_used_is_soon_forgotten() {
-        let (idle, busy) = (Share::new(1, None), Share::new(1, None));
-        let scheduler = Scheduler::with_slots(2);
-        run(async {
-            let held = scheduler.turn(&busy).await;
-            busy.charge(60_000_000);
-            drop(scheduler.turn(&busy).await);
-            drop(held);
-            // A tenant that comes back starts where the others are.
-            drop(scheduler.turn(&idle).await);
-            assert_eq!(idle.virtual_time.load(Ordering::Relaxed), busy.virtual_time.load(Ordering::Relaxed));
-        });
+        let [idle, busy] = shares(2, [1, 1]);
+        let scheduler = &idle.scheduler;
+        busy.see();
+        busy.charge(60_000_000);
+        // A tenant that comes back starts where the others are.
+        idle.see();
+        let now = || scheduler.virtual_time.load(Ordering::Relaxed);
+        assert_eq!((now(), idle.virtual_time.load(Ordering::Relaxed)), (60_000_000 * SCALE, now()));
+        // One that could have its part, and did not, has it for a while.
+        busy.charge(60_000_000);
+        idle.see();
+        assert_eq!((now(), idle.virtual_time.load(Ordering::Relaxed)), (90_000_000 * SCALE, now() - CREDIT));
+        // Nor does the other one have to pay for what nobody else wanted.
+        assert_eq!(busy.virtual_time.load(Ordering::Relaxed), now() + CREDIT);
+    }
+
+    #[test]
+    fn a_tenant_is_ahead_with_more_than_its_part_while_others_want_some() {
+        let [quiet, greedy] = shares(1, [1, 1]);
+        let scheduler = &quiet.scheduler;
+        scheduler.is_busy.store(true, Ordering::Relaxed);
+        assert!(!greedy.is_ahead());
+        // So that no survey says how busy it is.
+        let charge = |microseconds| {
+            scheduler.surveyed_at.store(scheduler.now(), Ordering::Relaxed);
+            greedy.charge(microseconds);
+        };
+        charge(100_000);
+        assert!(!greedy.is_ahead(), "there is nobody else");
+        assert!(!quiet.is_ahead());
+        charge(15_000);
+        assert!(!greedy.is_ahead(), "it is by chance");
+        charge(15_000);
+        assert!(greedy.is_ahead() && !quiet.is_ahead());
+        scheduler.is_busy.store(false, Ordering::Relaxed);
+        assert!(!greedy.is_ahead(), "there is room for all");
+        // Who has gone away wants nothing.
+        scheduler.is_busy.store(true, Ordering::Relaxed);
+        quiet.seen_at.store(0, Ordering::Relaxed);
+        scheduler.surveyed_at.store(0, Ordering::Relaxed);
+        while scheduler.now() < LINGER {}
+        greedy.see();
+        scheduler.survey(0);
+        scheduler.is_busy.store(true, Ordering::Relaxed);
+        assert!(!greedy.is_ahead());
+        assert_eq!(scheduler.active_weight.load(Ordering::Relaxed), 1);
     }
 
     /// Polls once; true if it is not ready.

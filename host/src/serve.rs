@@ -26,7 +26,7 @@ use crate::listener::{self, Address, Inherited, Listener};
 use crate::machine;
 use crate::pool::Pools;
 use crate::sandbox::{self, Paths, Sandbox};
-use crate::scheduler::processors;
+use crate::scheduler::{self, Scheduler, processors};
 use crate::state::StateFile;
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
@@ -70,16 +70,21 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .context("failed to reserve memory for the instances")?;
     // Before the first thread: not all of it reaches those that run already.
     sandbox::apply(args.sandbox, &paths_in_use(args, &plan, &cache, &addresses)?)?;
-    let _ticker = EpochTicker::start(&engine).context("failed to start the epoch thread")?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
-        // Twice as many threads as guests may compute on for long: see `scheduler`.
-        .worker_threads(2 * processors())
+        // Not more than can run, so that they need not wait for each other.
+        // What computes for long does so elsewhere: see `scheduler`.
+        .worker_threads(processors().max(2))
         .enable_all()
         .build()
         .context("failed to start the runtime")?;
+    let background = scheduler::background().context("failed to start the threads for guests")?;
+    let scheduler = Scheduler::new(Some(background.handle().clone()));
+    let guests = Arc::clone(&scheduler);
+    let _ticker = EpochTicker::start(&engine, move || guests.is_computing())
+        .context("failed to start the epoch thread")?;
     let (idle, rate) = (http.client_timeout.0, http.min_rate.0);
     let pools = Pools::new(plan.instances, reserve, plan.memory);
-    let shared = Arc::new(Shared::new(engine, pools, cache, args.grants.code, idle, rate));
+    let shared = Arc::new(Shared::new(engine, pools, cache, args.grants.code, idle, rate, scheduler));
     let served = runtime.block_on(async {
         let tenants = Tenants::start(shared, plan.source, state).await?;
         let server = Server {
@@ -98,6 +103,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     });
     // Whatever is left had its grace.
     runtime.shutdown_timeout(Duration::from_millis(100));
+    background.shutdown_timeout(Duration::from_millis(100));
     served
 }
 

@@ -78,9 +78,9 @@ impl Shared {
         sharing: Option<Sharing>,
         client_idle: Duration,
         min_rate: u64,
+        scheduler: Arc<Scheduler>,
     ) -> Shared {
         let loader = Loader::new(&engine, &cache);
-        let scheduler = Scheduler::new();
         Shared { engine, cache, loader, sharing, scheduler, pools, client_idle, min_rate }
     }
 }
@@ -143,10 +143,9 @@ impl Books {
         });
         let (share, footprint, derivations) = same.map_or_else(
             || {
-                let share = Share::new(config.weight, limits.cpu_per_minute);
+                let share = Share::new(scheduler, config.weight, limits.cpu_per_minute);
                 let footprint = Footprint::within(limits.total_memory, &share, all);
-                let derivations =
-                    Derivations::new(Arc::clone(&share), Arc::clone(scheduler), Arc::clone(&footprint));
+                let derivations = Derivations::new(Arc::clone(&share), Arc::clone(&footprint));
                 (share, footprint, Arc::new(derivations))
             },
             |books| (books.share, books.footprint, books.derivations),
@@ -282,9 +281,9 @@ impl Tenant {
         };
         let pool = Pool::new(&shared.pools, program, grants, settings);
         lock(&record.pools).push(Arc::downgrade(&pool));
-        let footprint = Arc::clone(&books.footprint);
+        let (share, footprint) = (Arc::clone(&books.share), Arc::clone(&books.footprint));
         Ok(Tenant {
-            app: Arc::new(App { pool, limits, footprint }),
+            app: Arc::new(App { pool, limits, share, footprint }),
             mounts,
             books,
             stamp,
