@@ -257,6 +257,39 @@ class Stream(unittest.TestCase):
             run(starting(chunks, headers=headers), host)
             self.assertEqual(host.kinds, kinds)
 
+    def test_a_single_chunk_is_the_whole_body(self):
+        class Sized(Closing):
+            def __len__(self):
+                return len(self.chunks)
+
+        for chunks, kinds, length in (
+            ([b"hello"], ["whole"], b"5"),
+            ([b""], ["whole"], b"0"),
+            ([b"hel", b"lo"], ["start", "write", "write", "finish"], None),
+            ([b"", b"hello"], ["start", "write", "finish"], None),
+        ):
+            _, host = run(starting(Sized(chunks)))
+            self.assertEqual((host.kinds, host.body), (kinds, b"".join(chunks)))
+            expected = b"" if length is None else b"Content-Length: " + length + b"\r\n"
+            self.assertTrue(host.head.endswith(b"plain\r\n" + expected + b"\r\n"), host.head)
+        # HEAD has the length only if the application says it.
+        _, host = run(starting(Sized([b"hello"])), REQUEST_METHOD="HEAD")
+        self.assertNotIn(b"Content-Length", host.head)
+
+        def writes(environ, start_response):
+            start_response("200 OK", PLAIN)(b"a")
+            return Sized([b"b"])
+
+        self.assertEqual(run(writes)[1].kinds, ["start", "write", "write", "finish"])
+
+        class Lying(Sized):
+            def __len__(self):
+                return 1
+
+        _, host = run(starting(Lying([b"a", b"b"])))
+        self.assertEqual((host.kinds, host.body), (["whole"], b"a"))
+        self.assertIn("longer than its Content-Length of 1", host.logged)
+
     def test_a_failure_after_the_whole_body_is_only_logged(self):
         def application(environ, start_response):
             start_response("200 OK", [("Content-Length", "2")])

@@ -324,10 +324,25 @@ class Response:
         for chunk in chunks:
             if not isinstance(chunk, bytes):
                 raise TypeError(f"a chunk of the body must be bytes, not {_kind(chunk)}")
+            if self.length is None and chunk and self.is_single(chunks):
+                self.add_length(len(chunk))
             self.send(chunk)
             if self.bodiless and chunk:
                 break
         self.end()
+
+    def is_single(self, chunks: Iterable[bytes]) -> bool:
+        """Tells whether a first chunk of `chunks` is the whole body.
+
+        PEP 3333, "Handling the Content-Length Header": if `len` can be called,
+        it can be relied on.
+        """
+        if self.started or self.bodiless or self.head is None:
+            return False
+        try:
+            return len(chunks) == 1  # type: ignore[arg-type]
+        except TypeError:
+            return False
 
     def send_file(self, wrapper: FileWrapper) -> bool:
         """Sends the file in `wrapper` if the host can do that, and tells whether it did.

@@ -194,6 +194,12 @@ def whole_then(environ, start_response):
     return Whole(chunks, then.split(","))
 
 
+def single(environ, start_response):
+    """A body of one chunk that is no plain list."""
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return type("Chunks", (list,), {})([b"the only one"])
+
+
 def stream_for_ever(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     return Pieces(1_000_000, 0.01)
@@ -749,7 +755,7 @@ ROUTES = {
         hello, show_environ, echo, count, count_only, lines, use_input, read_and_tell, ignore_body, stream_too_much,
         whole_too_much, whole_too_little, late_start, replace_head, replace_sent_head, start_twice, wrong_start,
         ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, work_slowly, nap, keep_temporary,
-        early_hints, late_early_hints, large, large_whole, stream, stream_exact, whole_then,
+        early_hints, late_early_hints, large, large_whole, stream, stream_exact, whole_then, single,
         stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
         hop_by_hop, bad_status, recurse, recurse_in_c, spin, sleep, sleep_for_ever, compute, allocate,
