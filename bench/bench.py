@@ -20,7 +20,7 @@ import marked
 from contestants import (
     FLASK, GRANIAN, GUNICORN, INTERPRETER, PEERS, WASMTIME, WORK, WORKLOADS, WSGI_WASM, Tools, Unavailable,
 )  # fmt: skip
-from measure import Failure, Server, free_port, load, require_wrk
+from measure import Failure, Server, free_port, load, require_wrk, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -302,7 +302,7 @@ def main():
             measured["ended"] = time.strftime("%Y-%m-%d %H:%M")
             results.setdefault("units", {})[name] = measured
             path.parent.mkdir(exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            write_json(path, results)
     # It needs the plotting library, which is only there.
     report = Path(__file__).with_name("report.py")
     print(contestants.run([tools.venv / "bin/python", report, path]), end="")

@@ -10,14 +10,13 @@ the same requirements, but for the time to build them.
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import time
 from pathlib import Path
 
 import marked
-from measure import HERE, Server, free_port
+from measure import HERE, Server, free_port, run_settings, write_json
 
 ROOT = HERE.parent
 WORK = ROOT / "target/bench/many"
@@ -189,12 +188,7 @@ def main():
     path = HERE / "results" / args.name
     path.parent.mkdir(exist_ok=True)
     if not args.report:
-        settings = {
-            "machine": f"{platform.system()} {platform.release().split('-')[0]}",
-            "processors": len(os.sched_getaffinity(0)),
-        }
-        data = {"settings": settings, "figures": measure(args)}
-        path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+        write_json(path.with_suffix(".json"), {"settings": run_settings(), "figures": measure(args)})
     report(json.loads(path.with_suffix(".json").read_text()), path)
     print(path.with_suffix(".md").read_text())
 

@@ -3,10 +3,12 @@
 import http.client
 import json
 import os
+import platform
 import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -29,6 +31,32 @@ def free_port():
 def require_wrk():
     if not shutil.which("wrk"):
         raise SystemExit("wrk is missing: install it, for example by `apt install wrk`")
+
+
+def run_settings(**options):
+    """What a run was made with: the machine, and its options."""
+    system = f"{platform.system()} {platform.release().split('-')[0]}"
+    return {"machine": system, "processors": len(os.sched_getaffinity(0)), **options}
+
+
+def write_json(path, data):
+    """Keeps what was measured."""
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def pyplot(**settings):
+    """The plotting library, set up for small files with text; none if it is not there."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("no plot: install bench/requirements.txt for matplotlib", file=sys.stderr)
+        return None
+    matplotlib.use("svg")
+    # The same figures give the same file.
+    matplotlib.rcParams.update({"svg.hashsalt": "wsgi-wasm", "svg.fonttype": "none", "font.size": 9, **settings})
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 class Server:

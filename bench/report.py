@@ -5,19 +5,14 @@ import statistics
 import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("svg")
-# The same figures give the same file, small and with text that can be found.
-matplotlib.rcParams.update({
-    "svg.hashsalt": "wsgi-wasm", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9,
-    "axes.spines.top": False, "axes.spines.right": False,
-})  # fmt: skip
-import matplotlib.pyplot as plt  # noqa: E402
-
-from contestants import (  # noqa: E402
+from contestants import (
     GRANIAN, GUNICORN, PEERS, WASMTIME, WASMTIME_FRESH, WORKLOADS, WSGI_WASM, WSGI_WASM_FRESH,
 )  # fmt: skip
+from measure import pyplot
+
+plt = pyplot(**{"font.family": "sans-serif", "axes.spines.top": False, "axes.spines.right": False})
+if plt is None:
+    sys.exit(1)
 
 COLOURS = {
     "wsgi-wasm": "#1f6fb4", "wsgi-wasm-fresh": "#7fb3de", "granian": "#444444", "waitress": "#777777",

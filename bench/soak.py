@@ -14,7 +14,6 @@ import collections
 import itertools
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -26,7 +25,7 @@ import time
 from pathlib import Path
 
 import marked
-from measure import HERE, Server, free_port
+from measure import HERE, Server, free_port, pyplot, run_settings, write_json
 
 ROOT = HERE.parent
 WORK = ROOT / "target/bench/soak"
@@ -362,15 +361,9 @@ def report(data, path):
         "",
     ]
     path.with_suffix(".md").write_text("\n".join(lines))
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: install bench/requirements.txt for matplotlib", file=sys.stderr)
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "wsgi-wasm", "svg.fonttype": "none", "font.size": 9})
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(figsize=(8, 2.6), layout="constrained")
     minutes = [sample["seconds"] / 60 for sample in loaded]
     axes.plot(minutes, pss, color="#1f6fb4", linewidth=1)
@@ -414,12 +407,9 @@ def main():
                 found.append(f"the server ended with status {status}")
     finally:
         shutil.rmtree(soak.directory, ignore_errors=True)
-    settings = {
-        "machine": f"{platform.system()} {platform.release().split('-')[0]}",
-        "processors": len(os.sched_getaffinity(0)), "minutes": args.minutes, "rate": args.rate, "seed": args.seed,
-    }  # fmt: skip
-    data = {"settings": settings, "counts": soak.counts, "wrong": found, "samples": soak.samples}
-    path.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    made_with = run_settings(minutes=args.minutes, rate=args.rate, seed=args.seed)
+    data = {"settings": made_with, "counts": soak.counts, "wrong": found, "samples": soak.samples}
+    write_json(path.with_suffix(".json"), data)
     report(data, path)
     print(path.with_suffix(".md").read_text())
     sys.exit(1 if found else 0)

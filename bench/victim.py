@@ -17,18 +17,16 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import shutil
 import socket
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
 from pathlib import Path
 
-from measure import Server, free_port
+from measure import Server, free_port, pyplot, run_settings, write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -468,15 +466,9 @@ def report(data, path):
 
 
 def plot(data, path):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no plot: install bench/requirements.txt for matplotlib", file=sys.stderr)
+    plt = pyplot()
+    if plt is None:
         return
-    matplotlib.use("svg")
-    matplotlib.rcParams.update({"svg.hashsalt": "wsgi-wasm", "svg.fonttype": "none", "font.size": 9})
-    import matplotlib.pyplot as plt
-
     attacks = list(data["attacks"].values())[::-1]
     figure, axes = plt.subplots(figsize=(8, 0.28 * len(attacks) + 1.2), layout="constrained")
     for row, result in enumerate(attacks):
@@ -510,18 +502,16 @@ def main():
     data = json.loads(known.read_text()) if known.exists() else {"attacks": {}}
     if not args.report:
         apps = Apps(args.binary)
-        data["settings"] = {
-            "machine": f"{platform.system()} {platform.release().split('-')[0]}",
-            "processors": len(os.sched_getaffinity(0)),
-            "rounds": args.rounds, "seconds": args.seconds, "rate": args.rate, "connections": args.connections,
-        }  # fmt: skip
+        data["settings"] = run_settings(
+            rounds=args.rounds, seconds=args.seconds, rate=args.rate, connections=args.connections
+        )
         for name in args.only.split(",") if args.only else ATTACKS:
             data["attacks"][name] = run(args, apps, name)
             figures = medians(data["attacks"][name])
             print(name, " ".join(f"{key} {value:.2f}" for key, value in figures.items()), flush=True)
             order = {name: data["attacks"][name] for name in ATTACKS if name in data["attacks"]}
             data["attacks"] = order
-            known.write_text(json.dumps(data, indent=1) + "\n")
+            write_json(known, data)
     report(data, path)
 
 

@@ -55,6 +55,9 @@ class Host:
     def finish(self):
         self._event("finish", None)
 
+    def send_whole(self, response):
+        self._event("whole", response)
+
     def send_file(self, head, path, offset, length):
         if not self.sends_files:
             return False
@@ -78,8 +81,15 @@ class Host:
 
     @property
     def head(self):
-        return next(data for kind, data in self.events if kind == "start")
+        head = next(data for kind, data in self.events if kind in ("start", "whole"))
+        return head[: head.index(b"\r\n\r\n") + 4]
 
     @property
     def body(self):
-        return b"".join(data for kind, data in self.events if kind == "write")
+        pieces = []
+        for kind, data in self.events:
+            if kind == "whole":
+                pieces.append(data[data.index(b"\r\n\r\n") + 4 :])
+            elif kind == "write":
+                pieces.append(data)
+        return b"".join(pieces)

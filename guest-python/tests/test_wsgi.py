@@ -162,12 +162,12 @@ class Whole(unittest.TestCase):
         self.assertEqual(host.body, body)
         self.assertEqual(host.kinds, ["start", "write", "write", "write", "finish"])
 
-    def test_large_held_body_goes_in_pieces(self):
+    def test_large_chunk_of_the_declared_length_goes_in_pieces(self):
         body = b"x" * (1024 * 1024 + 1)
         chunks = Closing([body])
         _, host = run(starting(chunks, headers=[("Content-Length", str(len(body)))]))
         self.assertEqual(host.body, body)
-        self.assertEqual(host.kinds[-1], "finish")
+        self.assertEqual(host.kinds, ["start", "write", "write", "finish"])
         self.assertEqual(chunks.closed, 1)
 
 
@@ -224,31 +224,83 @@ class Stream(unittest.TestCase):
 
     def test_no_chunk_at_all_is_a_whole_response(self):
         answer, host = run(starting(iter([b"", b""])))
-        self.assertTrue(answer.endswith(b"Content-Length: 0\r\n\r\n"))
-        self.assertEqual(host.events, [])
+        self.assertTrue(host.head.endswith(b"Content-Length: 0\r\n\r\n"))
+        self.assertEqual((answer, host.kinds), (b"", ["whole"]))
 
     def test_no_length_is_added_to_a_stream(self):
         _, host = run(starting(iter([b"ab"])))
         self.assertNotIn(b"Content-Length", host.head)
 
-    def test_a_first_chunk_of_the_declared_length_is_returned(self):
-        chunks = Closing([b"", b"hello", b""])
-        answer, host = run(starting(chunks, headers=[("Content-Length", "5")]))
-        self.assertTrue(answer.endswith(b"\r\n\r\nhello"))
-        self.assertEqual(host.events, [])
-        self.assertEqual(chunks.closed, 1)
+    def test_a_first_chunk_of_the_declared_length_is_sent_whole_and_at_once(self):
+        host = Host()
 
-    def test_a_failure_after_a_held_chunk_leaves_no_response(self):
+        class Chunks:
+            def __iter__(self):
+                yield b""
+                yield b"hello"
+                host.events.append(("asked", None))
+                yield b""
+
+            def close(self):
+                host.events.append(("close", None))
+
+        answer, _ = run(starting(Chunks(), headers=[("Content-Length", "5")]), host)
+        self.assertEqual((answer, host.kinds), (b"", ["whole", "asked", "close"]), host.logged)
+        self.assertEqual(host.body, b"hello")
+        # Also for a list that has a `close`.
+        chunks = type("Chunks", (list,), {"close": Chunks.close})([b"hel", b"lo"])
+        for kinds, headers in (
+            (["start", "write", "write", "finish", "close"], PLAIN),
+            (["start", "write", "write", "finish", "close"], [("Content-Length", "5")]),
+        ):
+            host.events.clear()
+            run(starting(chunks, headers=headers), host)
+            self.assertEqual(host.kinds, kinds)
+
+    def test_a_single_chunk_is_the_whole_body(self):
+        class Sized(Closing):
+            def __len__(self):
+                return len(self.chunks)
+
+        for chunks, kinds, length in (
+            ([b"hello"], ["whole"], b"5"),
+            ([b""], ["whole"], b"0"),
+            ([b"hel", b"lo"], ["start", "write", "write", "finish"], None),
+            ([b"", b"hello"], ["start", "write", "finish"], None),
+        ):
+            _, host = run(starting(Sized(chunks)))
+            self.assertEqual((host.kinds, host.body), (kinds, b"".join(chunks)))
+            expected = b"" if length is None else b"Content-Length: " + length + b"\r\n"
+            self.assertTrue(host.head.endswith(b"plain\r\n" + expected + b"\r\n"), host.head)
+        # HEAD has the length only if the application says it.
+        _, host = run(starting(Sized([b"hello"])), REQUEST_METHOD="HEAD")
+        self.assertNotIn(b"Content-Length", host.head)
+
+        def writes(environ, start_response):
+            start_response("200 OK", PLAIN)(b"a")
+            return Sized([b"b"])
+
+        self.assertEqual(run(writes)[1].kinds, ["start", "write", "write", "finish"])
+
+        class Lying(Sized):
+            def __len__(self):
+                return 1
+
+        _, host = run(starting(Lying([b"a", b"b"])))
+        self.assertEqual((host.kinds, host.body), (["whole"], b"a"))
+        self.assertIn("longer than its Content-Length of 1", host.logged)
+
+    def test_a_failure_after_the_whole_body_is_only_logged(self):
         def application(environ, start_response):
             start_response("200 OK", [("Content-Length", "2")])
             yield b"ok"
             raise KeyError("late")
 
         answer, host = run(application)
-        self.assertEqual((answer, host.events), (b"", []))
+        self.assertEqual((answer, host.kinds, host.body), (b"", ["whole"], b"ok"))
         self.assertIn("KeyError: 'late'", host.logged)
 
-    def test_a_held_chunk_counts_as_sent_for_exc_info(self):
+    def test_a_whole_body_counts_as_sent_for_exc_info(self):
         def application(environ, start_response):
             start_response("200 OK", [("Content-Length", "2")])
             yield b"ok"
@@ -259,8 +311,16 @@ class Stream(unittest.TestCase):
             yield b"never"
 
         answer, host = run(application)
-        self.assertEqual((answer, host.events), (b"", []))
+        self.assertEqual((answer, host.kinds, host.body), (b"", ["whole"], b"ok"))
         self.assertIn("KeyError: 'late'", host.logged)
+
+    def test_no_end_is_said_twice(self):
+        def application(environ, start_response):
+            start_response("200 OK", [("Content-Length", "2")])(b"ok")
+            return []
+
+        answer, host = run(application)
+        self.assertEqual((answer, host.kinds, host.logged), (b"", ["whole"], ""))
 
     def test_file_wrapper(self):
         file = io.BytesIO(b"x" * 65536 + b"end")
@@ -322,13 +382,13 @@ class Files(unittest.TestCase):
         self.assertEqual(host.body, self.content[5:70_005])
         self.assertEqual(host.kinds[-1], "finish")
 
-    def test_a_small_one_is_returned(self):
-        answer, host = self.serve(position=self.SIZE - 10)
-        self.assertEqual(answer[-10:], self.content[-10:])
-        self.assertIn(b"Content-Length: 10\r\n", answer)
-        self.assertEqual(host.events, [])
-        answer, _ = self.serve(position=self.SIZE)
-        self.assertTrue(answer.endswith(b"Content-Length: 0\r\n\r\n"))
+    def test_a_small_one_is_read_here(self):
+        _, host = self.serve(position=self.SIZE - 10)
+        self.assertEqual(host.body, self.content[-10:])
+        self.assertIn(b"Content-Length: 10\r\n", host.head)
+        self.assertEqual(host.kinds, ["whole"])
+        _, host = self.serve(position=self.SIZE)
+        self.assertTrue(host.head.endswith(b"Content-Length: 0\r\n\r\n"))
 
     def test_the_host_can_not(self):
         answer, host = self.serve(Host(sends_files=False))
@@ -358,9 +418,9 @@ class Files(unittest.TestCase):
         self.assertTrue(file.closed)
 
     def test_nothing_is_read_for_a_head_request(self):
-        answer, host = self.serve(REQUEST_METHOD="HEAD")
-        self.assertTrue(answer.endswith(b"\r\nContent-Length: 200000\r\n\r\n"))
-        self.assertEqual(host.events, [])
+        _, host = self.serve(REQUEST_METHOD="HEAD")
+        self.assertTrue(host.head.endswith(b"\r\nContent-Length: 200000\r\n\r\n"))
+        self.assertEqual((host.kinds, host.body), (["whole"], b""))
 
     def test_after_write(self):
         file = open(self.path, "rb")
@@ -448,19 +508,21 @@ class Length(unittest.TestCase):
         answer, host = run(starting([b"hello"], headers=declared))
         self.assertTrue(answer.endswith(b"\r\n\r\nhel"))
         self.assertIn("longer than its Content-Length of 3", host.logged)
-        for chunks in ([b"hello"], [b"he", b"llo"], [b"h", b"e", b"l", b"l", b"o"]):
+        for chunks, last in (
+            ([b"hello"], "whole"),
+            ([b"he", b"llo"], "finish"),
+            ([b"h", b"e", b"l", b"l", b"o"], "finish"),
+        ):
             _, host = run(starting(iter(chunks), headers=declared))
             self.assertEqual(host.body, b"hel")
-            self.assertEqual(host.kinds[-1], "finish")
+            self.assertEqual(host.kinds[-1], last)
             self.assertEqual(host.logged.count("longer"), 1)
 
-    def test_bytes_after_a_held_chunk_are_cut(self):
-        answer, host = run(starting(iter([b"hel", b"lo"]), headers=[("Content-Length", "3")]))
-        self.assertTrue(answer.endswith(b"\r\n\r\nhel"))
-        self.assertEqual(host.events, [])
-        self.assertIn("longer", host.logged)
-        answer, _ = run(starting(iter([b"one", b"two"]), headers=[("Content-Length", "3")]))
-        self.assertTrue(answer.endswith(b"\r\n\r\none"))
+    def test_bytes_after_the_whole_body_are_cut(self):
+        for chunks in ([b"hel", b"lo"], [b"hel", b"two"]):
+            _, host = run(starting(iter(chunks), headers=[("Content-Length", "3")]))
+            self.assertEqual((host.kinds, host.body), (["whole"], b"hel"))
+            self.assertIn("longer", host.logged)
 
     def test_too_few_bytes_are_a_failure(self):
         declared = [("Content-Length", "9")]
@@ -483,7 +545,7 @@ class Length(unittest.TestCase):
 
     def test_zero_length(self):
         _, host = run(starting(iter([b"x"]), headers=[("Content-Length", "0")]))
-        self.assertEqual((host.kinds, host.body), (["start", "finish"], b""))
+        self.assertEqual((host.kinds, host.body), (["whole"], b""))
 
     def test_malformed_or_repeated(self):
         for headers in (
@@ -504,14 +566,19 @@ class NoBody(unittest.TestCase):
             answer, host = run(
                 starting(chunks, headers=[("Content-Length", "5")]), REQUEST_METHOD="HEAD"
             )
-            self.assertEqual(answer, b"Status: 200 OK\r\nContent-Length: 5\r\n\r\n", host.logged)
-            self.assertEqual(host.logged, "")
+            self.assertEqual(
+                answer or host.head, b"Status: 200 OK\r\nContent-Length: 5\r\n\r\n", host.logged
+            )
+            self.assertEqual((host.body, host.logged), (b"", ""))
 
     def test_head_of_a_stream_is_known_with_its_first_chunk(self):
         chunks = Closing(itertools.chain([b""], itertools.repeat(b"a")))
-        answer, host = run(starting(chunks), REQUEST_METHOD="HEAD")
-        self.assertEqual(answer, b"Status: 200 OK\r\nContent-Type: text/plain\r\n\r\n")
-        self.assertEqual((host.events, chunks.closed), ([], 1))
+        host = Host()
+        closing = chunks.close
+        chunks.close = lambda: host.events.append(("close", closing()))
+        run(starting(chunks), host, REQUEST_METHOD="HEAD")
+        self.assertEqual(host.head, b"Status: 200 OK\r\nContent-Type: text/plain\r\n\r\n")
+        self.assertEqual((host.kinds, chunks.closed), (["whole", "close"], 1))
 
     def test_write_counts_as_sent(self):
         def application(environ, start_response):
@@ -523,7 +590,7 @@ class NoBody(unittest.TestCase):
             return []
 
         answer, host = run(application)
-        self.assertEqual((answer, host.events), (b"", []))
+        self.assertEqual((answer, host.events), (b"", [("whole", b"Status: 204 No Content\r\n\r\n")]))
         self.assertIn("KeyError", host.logged)
 
     def test_head_gets_no_length_that_the_application_did_not_give(self):
@@ -534,8 +601,8 @@ class NoBody(unittest.TestCase):
         for status in ("204 No Content", "205 Reset Content", "304 Not Modified", "103 Early Hints"):
             for chunks in ([b"x"], iter([b"x"])):
                 answer, host = run(starting(chunks, status))
-                self.assertEqual(host.body, b"")
                 self.assertTrue((answer or host.head).endswith(b"plain\r\n\r\n"))
+                self.assertTrue(answer or not host.body)
 
     def test_length_is_forbidden_for_204_and_205_and_kept_for_304(self):
         headers = [("Content-Length", "5")]
@@ -826,7 +893,7 @@ class Close(unittest.TestCase):
         for error in (ValueError("c"), SystemExit()):
             closing = Closing([b"ok"], error)
             answer, host = run(starting(closing, headers=[("Content-Length", "2")]))
-            self.assertTrue(answer.endswith(b"ok"))
+            self.assertEqual((host.kinds, host.body), (["whole"], b"ok"))
             self.assertIn("close() failed", host.logged)
 
     def test_a_generator_is_ended(self):

@@ -2,11 +2,11 @@
 //! machine; `main` hands each command to its module.
 
 use std::path::PathBuf;
-use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
 
 use crate::access_log;
+use crate::bounds;
 use crate::code::Sharing;
 use crate::forwarded::Dialect;
 use crate::network::Rule;
@@ -123,31 +123,31 @@ pub struct ServeArgs {
     #[arg(short, long, value_name = "ADDRESS")]
     pub bind: Vec<String>,
     /// Requests that can be in work at a time, each in its own instance
-    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u16).range(1..=4096))]
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = within(bounds::INSTANCES))]
     pub instances: u16,
     /// Whether instances are reused for the app's next requests or made anew for each
     #[arg(long, value_enum, default_value_t)]
     pub isolation: Isolation,
     /// Requests after which an instance is replaced
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = within(bounds::REQUESTS))]
     pub max_requests: u64,
     #[command(flatten)]
     pub grants: GrantArgs,
     /// Memory of all instances together, with what the host holds for them [default: half of what
     /// they may have one by one, but at least 1GiB]
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = within(bounds::TOTAL_MEMORY))]
     pub total_memory: Option<Size>,
     /// Time that the app may take until its response starts, and for each piece of it
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = some_time())]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = within(bounds::TIME))]
     pub timeout: Time,
     /// Processor time that one request may take [default: no limit]
-    #[arg(long, value_name = "TIME", value_parser = some_time())]
+    #[arg(long, value_name = "TIME", value_parser = within(bounds::TIME))]
     pub cpu: Option<Time>,
     /// Largest request body
     #[arg(long, value_name = "SIZE", default_value = "16MiB")]
     pub max_body: Size,
     /// Time that a response may take from its first byte to its last
-    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = some_time())]
+    #[arg(long, value_name = "TIME", default_value = "1h", value_parser = within(bounds::TIME))]
     pub response_time: Time,
     /// Lines that the app may log in a second, on average over five
     #[arg(long, value_name = "N", default_value_t = 1000)]
@@ -175,19 +175,19 @@ pub struct ServeArgs {
 #[command(next_help_heading = "HTTP options")]
 pub struct HttpArgs {
     /// Time in which a client must send or take something of a body
-    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = some_time())]
+    #[arg(long, value_name = "TIME", default_value = "60s", value_parser = within(bounds::TIME))]
     pub client_timeout: Time,
     /// Bytes of a body that a client must send in a second, on average after the first 10 seconds; 0 for no limit
     #[arg(long, value_name = "SIZE", default_value = "256B")]
     pub min_rate: Size,
     /// Time in which a client must send the head of a request, or do a TLS handshake
-    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = some_time())]
+    #[arg(long, value_name = "TIME", default_value = "30s", value_parser = within(bounds::TIME))]
     pub header_timeout: Time,
     /// Largest head of a request, with all its headers
     #[arg(long, value_name = "SIZE", default_value = "32KiB", value_parser = within(Size(1 << 10)..=Size(1 << 20)))]
     pub max_header_size: Size,
     /// Headers that a request can have
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=10_000))]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = within(1..=10_000_u16))]
     pub max_headers: u16,
     /// Longest target of a request: path and query
     #[arg(long, value_name = "SIZE", default_value = "8KiB", value_parser = within(Size(64)..=Size(65_534)))]
@@ -196,19 +196,19 @@ pub struct HttpArgs {
     #[arg(long, value_name = "TIME", default_value = "30s")]
     pub keep_alive: Time,
     /// Requests after which a connection is closed
-    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = within(bounds::REQUESTS))]
     pub keep_alive_requests: u64,
     /// Connections that can be open at a time
-    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = within(bounds::SOME))]
     pub max_connections: u32,
     /// Connections that one client address can have, or one IPv6 network of /64; trusted proxies have no limit
-    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = within(bounds::SOME))]
     pub max_connections_per_client: u32,
     /// Requests that can be under way at a time on one HTTP/2 connection
-    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = within(bounds::SOME))]
     pub http2_streams: u32,
     /// Streams that a client of HTTP/2 may reset before they were looked at, or break, until its connection ends
-    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u16).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = within(1..=u16::MAX))]
     pub http2_resets: u16,
     /// A certificate chain, as PEM, for TLS on all TCP addresses but those written http:ADDRESS:PORT (repeatable)
     #[arg(long, value_name = "FILE")]
@@ -229,7 +229,7 @@ pub struct HttpArgs {
     #[arg(long, value_enum, default_value_t)]
     pub forwarded: Dialect,
     /// Proxies that a request passes, each of which adds to these headers
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = within(1..=u8::MAX))]
     pub forwarded_hops: u8,
     /// Serve the files of a directory under a path, without the app (repeatable)
     #[arg(long = "static", value_name = "/PATH=DIR")]
@@ -274,7 +274,7 @@ impl SourceArgs {
 #[derive(Debug, Args)]
 pub struct GrantArgs {
     /// Memory of one instance
-    #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = memory())]
+    #[arg(long, value_name = "SIZE", default_value = "128MiB", value_parser = within(bounds::MEMORY))]
     pub memory: Size,
     /// An environment variable for the app (repeatable)
     #[arg(short, long, value_name = "KEY=VALUE", value_parser = parse_variable)]
@@ -312,7 +312,7 @@ pub struct ExecArgs {
     #[command(flatten)]
     pub grants: GrantArgs,
     /// Time that the command may take [default: no limit]
-    #[arg(long, value_name = "TIME", value_parser = some_time())]
+    #[arg(long, value_name = "TIME", value_parser = within(bounds::TIME))]
     pub timeout: Option<Time>,
     #[command(flatten)]
     pub project: SourceArgs,
@@ -437,16 +437,6 @@ pub fn parse_control(text: &str) -> Result<PathBuf, String> {
         Some(path) if !path.is_empty() => Ok(path.into()),
         _ => Err(format!("`{text}` has to be `unix:PATH`")),
     }
-}
-
-/// Reads a time that is some at all.
-fn some_time() -> impl Fn(&str) -> Result<Time, String> + Clone {
-    within(Time(Duration::from_millis(1))..=Time(Duration::MAX))
-}
-
-/// Reads what the memory of a guest may be: its addresses have 32 bits.
-fn memory() -> impl Fn(&str) -> Result<Size, String> + Clone {
-    within(Size(1 << 20)..=Size(4 << 30))
 }
 
 /// Reads the target of a warm-up request.

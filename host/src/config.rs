@@ -19,6 +19,7 @@ use toml::Spanned;
 use toml::de::{DeTable, DeValue};
 
 use crate::artifact::Artifact;
+use crate::bounds;
 use crate::cli::parse_control;
 use crate::environ::script_name;
 use crate::error::UserError;
@@ -29,7 +30,7 @@ use crate::network::Rule;
 use crate::pool::Isolation;
 use crate::state::{Stamp, stamp};
 use crate::static_files::Mount;
-use crate::units::{Size, Time};
+use crate::units::{self, Size, Time};
 
 /// A configuration file, as written.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema)]
@@ -522,13 +523,14 @@ fn parse(text: &str, directory: &Path, problems: &mut Problems<'_>) -> Config {
             problems.add(span.as_ref(), &problem.to_string());
         }
     }
-    if server.instances == Some(0) {
-        let span = problems.span(&["server", "instances"]);
-        problems.add(span.as_ref(), "there has to be room for at least one instance");
-    }
-    if server.memory == Some(Size(0)) {
-        let span = problems.span(&["server", "memory"]);
-        problems.add(span.as_ref(), "there has to be memory for at least one instance");
+    for (key, checked) in [
+        ("instances", server.instances.map(|instances| units::check(&instances, &bounds::SOME))),
+        ("memory", server.memory.map(|memory| units::check(&memory, &bounds::TOTAL_MEMORY))),
+    ] {
+        if let Some(Err(problem)) = checked {
+            let span = problems.span(&["server", key]);
+            problems.add(span.as_ref(), &format!("`{key}`: {problem}"));
+        }
     }
     let mut tenants = Vec::new();
     let mut sources = Vec::new();
@@ -766,17 +768,18 @@ fn resolve_tenant(
     let instances = &section.instances;
     let shared = &defaults.instances;
     let max = instances.max.or(section.limits.concurrency).or(shared.max).or(defaults.limits.concurrency);
+    let checked = max.map_or(Ok(()), |max| units::check(&max, &bounds::INSTANCES));
     let instances = Instances {
         min: usize::from(instances.min.or(shared.min).unwrap_or(0)),
         max: max.map_or(DEFAULT_INSTANCES.max, usize::from),
         requests: instances.requests.or(shared.requests).unwrap_or(DEFAULT_INSTANCES.requests),
         idle: instances.idle.or(shared.idle).map_or(DEFAULT_INSTANCES.idle, |time| time.0),
     };
-    if instances.max == 0 {
-        note(&["instances", "max"], "it needs at least one instance".into());
+    if let Err(problem) = checked {
+        note(&["instances", "max"], format!("`max` instances: {problem}"));
     }
-    if instances.requests == 0 {
-        note(&["instances", "requests"], "an instance answers at least one request".into());
+    if let Err(problem) = units::check(&instances.requests, &bounds::REQUESTS) {
+        note(&["instances", "requests"], format!("`requests` of an instance: {problem}"));
     }
     if instances.min > instances.max {
         let (min, max) = (instances.min, instances.max);
@@ -784,14 +787,14 @@ fn resolve_tenant(
         note(&["instances", "min"], problem);
     }
     let limits = resolve_limits(&section.limits, &defaults.limits, instances.max);
-    for (key, is_zero) in limits.nothing() {
-        if is_zero {
-            note(&["limits", key], format!("with `{key}` of nothing it can not answer a request"));
+    for (key, checked) in limits.check() {
+        if let Err(problem) = checked {
+            note(&["limits", key], format!("`{key}`: {problem}"));
         }
     }
     let weight = section.weight.unwrap_or(1);
-    if weight == 0 || weight > 1000 {
-        note(&["weight"], "the weight has to be from 1 to 1000".into());
+    if let Err(problem) = units::check(&weight, &bounds::WEIGHT) {
+        note(&["weight"], format!("`weight`: {problem}"));
     }
     if problems.count() > before {
         return None;
@@ -820,17 +823,20 @@ fn resolve_tenant(
 }
 
 impl Limits {
-    /// The limits below which there is no answer, and whether they are nothing.
-    fn nothing(&self) -> [(&'static str, bool); 7] {
-        let is_zero = |time: Option<Duration>| time.is_some_and(|time| time.is_zero());
+    /// Whether the limits without which there is no answer are within their bounds.
+    fn check(&self) -> [(&'static str, Result<(), String>); 7] {
+        let size = |size: Option<u64>, range| size.map_or(Ok(()), |size| units::check(&Size(size), &range));
+        let time =
+            |time: Option<Duration>| time.map_or(Ok(()), |time| units::check(&Time(time), &bounds::TIME));
+        let some = |number: Option<u32>| number.map_or(Ok(()), |number| units::check(&number, &bounds::SOME));
         [
-            ("memory", self.memory == 0),
-            ("total_memory", self.total_memory == Some(0)),
-            ("timeout", self.timeout.is_zero()),
-            ("cpu", is_zero(self.cpu)),
-            ("cpu_per_minute", is_zero(self.cpu_per_minute)),
-            ("requests_per_second", self.requests_per_second == Some(0)),
-            ("response_time", self.response_time.is_zero()),
+            ("memory", size(Some(self.memory), bounds::MEMORY)),
+            ("total_memory", size(self.total_memory, bounds::TOTAL_MEMORY)),
+            ("timeout", time(Some(self.timeout))),
+            ("cpu", time(self.cpu)),
+            ("cpu_per_minute", time(self.cpu_per_minute)),
+            ("requests_per_second", some(self.requests_per_second)),
+            ("response_time", time(Some(self.response_time))),
         ]
     }
 }
@@ -1130,16 +1136,16 @@ OTHER = "hunter2"
         for expected in [
             "toml:3: can not listen on `nonsense:port`: the port is not a number",
             "toml:4: `control`: `here` has to be `unix:PATH`",
-            "toml:5: there has to be room",
+            "toml:5: `instances`: `0` is too little: the least is 1",
             "toml:7: tenant `a`: the health path `/a b` is not the path of a URL",
-            "toml:9: tenant `a`: with `timeout` of nothing",
+            "toml:9: tenant `a`: `timeout`: `0s` is too little: the least is 1ms",
             "toml:13: tenant `a`: `y z` is not a host",
-            "toml:14: tenant `a`: with `memory` of nothing",
+            "toml:14: tenant `a`: `memory`: `0B` is too little: the least is 1MiB",
             "toml:18: tenant `b`: the health path `/#top` is not",
             "toml:20: tenant `b`: ",
-            "toml:24: tenant `b`: with `requests_per_second` of nothing",
+            "toml:24: tenant `b`: `requests_per_second`: `0` is too little",
             "toml:26: tenant `b`: the least number of instances, 20",
-            "toml:27: tenant `b`: an instance answers",
+            "toml:27: tenant `b`: `requests` of an instance: `0` is too little",
             "toml:29: tenant `b`: secret `KEY`: its file can not be read",
             "toml:30: tenant `b`: secret `TOKEN`: the server's environment",
             "toml:31: a secret is written as",

@@ -43,7 +43,7 @@ pub struct Head {
 
 impl Head {
     /// The length of the body that it announces.
-    fn content_length(&self) -> Option<u64> {
+    pub fn content_length(&self) -> Option<u64> {
         self.headers.get(header::CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
     }
 }
@@ -53,6 +53,8 @@ impl Head {
 pub enum Event {
     /// Status and headers; comes first.
     Head(Head),
+    /// A whole response.
+    Whole(Head, Bytes),
     /// A whole response: a head, and the part of a file that is its body.
     File(Head, FilePart),
     /// Bytes of the body, not empty. They are held.
@@ -264,6 +266,8 @@ pub struct Exchange {
     /// The client's body.
     pub body: RequestBody,
     events: mpsc::Sender<Event>,
+    /// The request's, which tells whether its response has a body.
+    method: Method,
     phase: Phase,
     /// Bytes of the body that the head announced and that did not come yet.
     announced: Option<u64>,
@@ -289,17 +293,19 @@ pub enum SendError {
 }
 
 impl Exchange {
-    /// Pairs `body` with the channel on which the response goes out within
-    /// `limits`. What is on its way counts for `footprint`.
+    /// Pairs `body` with the channel on which the response to `method` goes out
+    /// within `limits`. What is on its way counts for `footprint`.
     pub fn new(
         body: RequestBody,
         events: mpsc::Sender<Event>,
+        method: Method,
         limits: &RequestLimits,
         footprint: &Arc<Footprint>,
     ) -> Exchange {
         Exchange {
             body,
             events,
+            method,
             phase: Phase::Waiting,
             announced: None,
             allowed: limits.response,
@@ -347,6 +353,39 @@ impl Exchange {
         match tokio::time::timeout(self.idle, hints.send(&checked)).await {
             Ok(Ok(())) => Ok(()),
             _ => Err(SendError::ClientGone),
+        }
+    }
+
+    /// Takes a whole response apart: its head, and the body that may follow it.
+    ///
+    /// # Errors
+    ///
+    /// The rule that it breaks.
+    pub fn whole(&self, response: Vec<u8>) -> Result<(Head, Bytes), &'static str> {
+        let (head, body) = parse_head(&response)?;
+        let start = response.len() - body.len();
+        let body = check_body(&head, &self.method, Bytes::from(response).slice(start..))?;
+        if body.len() as u64 > self.allowed {
+            return Err("its body is larger than the limit");
+        }
+        Ok((head, body))
+    }
+
+    /// The guest sends its whole response.
+    ///
+    /// # Errors
+    ///
+    /// If it breaks a rule or a head was sent before, or the client is gone.
+    pub async fn send_whole(&mut self, response: Vec<u8>) -> Result<(), SendError> {
+        if self.phase != Phase::Waiting {
+            return Err(self.refuse("the head of a response was sent twice"));
+        }
+        match self.whole(response) {
+            Ok((head, body)) => {
+                self.phase = Phase::Finished;
+                self.send(Event::Whole(head, body)).await
+            }
+            Err(rule) => Err(self.refuse(rule)),
         }
     }
 
@@ -586,7 +625,7 @@ pub fn has_no_body(status: StatusCode) -> bool {
 /// # Errors
 ///
 /// If its length is not the one that the head announces.
-pub fn check_body(head: &Head, method: &Method, body: Bytes) -> Result<Bytes, &'static str> {
+fn check_body(head: &Head, method: &Method, body: Bytes) -> Result<Bytes, &'static str> {
     if *method == Method::HEAD || has_no_body(head.status) {
         return Ok(Bytes::new());
     }

@@ -3,7 +3,8 @@
 //! [`handle`] is the whole way from a request's head to a response. The guest
 //! runs inside the connection's own task: first polled by [`handle`] until the
 //! head of the response is there, then by hyper through the body. A guest is
-//! therefore not run while its client is too slow to take more.
+//! therefore not run while its client is too slow to take more. What it does
+//! after a whole response, it does in a task of its own.
 
 use std::future::poll_fn;
 use std::pin::Pin;
@@ -93,7 +94,8 @@ pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
     let input = Input { environ, inline: Bytes::new(), held, body: RequestBody::empty(), hints: None };
     let mut running = run(app, observer, input, &mut Progress::default()).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
-        First::Complete(head, _) | First::Streaming(head) | First::File(head, _) => Ok(head.status.as_u16()),
+        First::Complete(head, _, outcome) => outcome.unwrap_or(Ok(())).map(|()| head.status.as_u16()),
+        First::Streaming(head) | First::File(head, _) => Ok(head.status.as_u16()),
     }
 }
 
@@ -170,10 +172,14 @@ async fn respond(
     let input = Input { environ, inline, held, body, hints: hints.cloned() };
     let mut running = run(app, observer.clone(), input, progress).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
-        First::Complete(head, body) => {
+        First::Complete(head, body, outcome) => {
             // It may be that the client takes it late, or never.
             let held = app.footprint.try_hold(body.len() as u64).ok_or(Failure::MemoryExhausted)?;
-            observer.ended(Ok(()));
+            if let Some(outcome) = outcome {
+                observer.ended(outcome);
+            }
+            // Whatever the guest still does, the client does not wait for it.
+            running.detach();
             let (rest, held) = (held.tie(body), app.footprint.hold(head.cost));
             Ok(head.into_response(ResponseBody::Complete { rest, _held: Some(held) }))
         }
@@ -248,9 +254,10 @@ async fn run(
     let clock = lease.instance().ok_or(Failure::CannotStart)?.clock();
     progress.leased = Some(leased);
     let (sender, events) = mpsc::channel(1);
-    let exchange = Exchange::new(body, sender, &app.limits, &app.footprint).with_hints(hints);
+    let method = observer.method.clone();
+    let exchange = Exchange::new(body, sender, method, &app.limits, &app.footprint).with_hints(hints);
     let limits = (app.limits.timeout, app.limits.cpu);
-    let call = call(lease, observer.id, observer.method.clone(), (environ, inline, held), exchange, limits);
+    let call = call(lease, observer.id, (environ, inline, held), exchange, limits);
     let mut running = Running {
         call: Some(Box::pin(call)),
         share: Arc::clone(&app.share),
@@ -259,6 +266,7 @@ async fn run(
         handed_at: None,
         events,
         observer,
+        left: None,
         failed: None,
         _head: None,
     };
@@ -302,13 +310,12 @@ impl Observer {
 async fn call(
     mut lease: Lease,
     id: RequestId,
-    method: Method,
     (environ, body, _held): (Vec<u8>, Bytes, Held),
     exchange: Exchange,
     limits: (Duration, Option<Duration>),
 ) -> Result<Reply, Failure> {
     let instance = lease.instance().ok_or(Failure::CannotStart)?;
-    let outcome = instance.handle(id, &method, &environ, &body, exchange, limits).await;
+    let outcome = instance.handle(id, &environ, &body, exchange, limits).await;
     if !matches!(outcome, Err(Failure::Trap | Failure::Timeout)) {
         lease.give_back();
     }
@@ -320,7 +327,7 @@ type Call = Pin<Box<dyn Future<Output = Result<Reply, Failure>> + Send>>;
 /// A guest at work on a request.
 ///
 /// Dropped while the guest is still at work, that is when the client is gone
-/// or has all it needs, it lets the guest go on in a task of its own, so that
+/// or has the whole response, it lets the guest go on in a task of its own, so that
 /// the app's `close()` runs. The guest's time limit holds there too.
 pub struct Running {
     call: Option<Call>,
@@ -333,6 +340,8 @@ pub struct Running {
     handed_at: Option<Instant>,
     events: mpsc::Receiver<Event>,
     observer: Observer,
+    /// Bytes of the body that the head has announced and hyper did not get yet.
+    left: Option<u64>,
     /// Why the response can not be completed, and whether hyper has had its
     /// chance to send what came before.
     failed: Option<(Failure, bool)>,
@@ -342,7 +351,8 @@ pub struct Running {
 
 /// What a guest comes up with first.
 enum First {
-    Complete(Head, Bytes),
+    /// A whole response, and what has become of the guest, if it has ended.
+    Complete(Head, Bytes, Option<Result<(), Failure>>),
     Streaming(Head),
     File(Head, FilePart),
 }
@@ -352,11 +362,23 @@ impl Running {
     fn poll_first(&mut self, context: &mut Context<'_>) -> Poll<Result<First, Failure>> {
         let done = self.poll_call(context);
         match (self.next_event(context), done) {
+            (Some(Event::Whole(head, body)), done) => {
+                let outcome = match done {
+                    Poll::Ready(outcome) => Some(outcome.map(|_| ())),
+                    Poll::Pending => None,
+                };
+                Poll::Ready(Ok(First::Complete(head, body, outcome)))
+            }
             // A head that was sent is of no use if the guest has failed since.
             (_, Poll::Ready(Err(failure))) => Poll::Ready(Err(failure)),
-            (Some(Event::Head(head)), _) => Poll::Ready(Ok(First::Streaming(head))),
+            (Some(Event::Head(head)), _) => {
+                self.left = head.content_length();
+                Poll::Ready(Ok(First::Streaming(head)))
+            }
             (Some(Event::File(head, part)), _) => Poll::Ready(Ok(First::File(head, part))),
-            (_, Poll::Ready(Ok(Reply::Complete(head, body)))) => Poll::Ready(Ok(First::Complete(head, body))),
+            (_, Poll::Ready(Ok(Reply::Complete(head, body)))) => {
+                Poll::Ready(Ok(First::Complete(head, body, Some(Ok(())))))
+            }
             (_, Poll::Ready(Ok(Reply::Streamed))) => Poll::Ready(Err(Failure::App)),
             (_, Poll::Pending) => Poll::Pending,
         }
@@ -364,19 +386,27 @@ impl Running {
 
     /// Runs the guest until the next piece of the body or its end.
     fn poll_next(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
+        if self.left == Some(0) {
+            return Poll::Ready(None);
+        }
         self.resume();
         loop {
             match self.next_event(context) {
                 Some(Event::Chunk(chunk)) => {
                     // In the background the guest goes on.
                     self.handed_at = (self.call.is_some() && !self.is_in_background).then(Instant::now);
+                    self.left = self.left.map(|left| left.saturating_sub(chunk.len() as u64));
+                    // Else it is not asked for more before this is sent.
+                    if self.left == Some(0) && self.call.is_none() && self.failed.is_none() {
+                        self.observer.ended(Ok(()));
+                    }
                     return Poll::Ready(Some(Ok(Frame::data(chunk))));
                 }
                 Some(Event::End) => {
                     self.observer.ended(Ok(()));
                     return Poll::Ready(None);
                 }
-                Some(Event::Head(_) | Event::File(..)) => continue,
+                Some(Event::Head(_) | Event::Whole(..) | Event::File(..)) => continue,
                 None => {}
             }
             match &mut self.failed {
@@ -471,7 +501,8 @@ impl Running {
         if tokio::runtime::Handle::try_current().is_ok() {
             self.share.in_background(async move {
                 match call.await {
-                    Ok(_) | Err(Failure::App | Failure::ClientGone) => {}
+                    Ok(_) => observer.ended(Ok(())),
+                    Err(Failure::App | Failure::ClientGone) => {}
                     Err(failure) => observer.ended(Err(failure)),
                 }
             });
@@ -536,7 +567,7 @@ impl Body for ResponseBody {
     fn is_end_stream(&self) -> bool {
         match self {
             ResponseBody::Complete { rest, .. } => rest.is_empty(),
-            ResponseBody::Streaming(_) => false,
+            ResponseBody::Streaming(running) => running.left == Some(0),
             ResponseBody::File(part, _) => part.left() == 0,
             ResponseBody::Static(file) => file.length() == 0,
         }

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::Method;
 use wasmtime::component::{HasSelf, Linker, ResourceTable};
 use wasmtime::{Engine, ResourceLimiter, Store, StoreContextMut, UpdateDeadline, WasmBacktrace};
 use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
@@ -12,7 +11,7 @@ use wasmtime_wasi::{WasiCtx, WasiCtxBuilder, WasiCtxView, WasiView};
 use crate::clock::{Clock, Elapsed};
 use crate::code::Code;
 use crate::engine::{HOSTCALL_FUEL, MAX_RESOURCES};
-use crate::exchange::{self, Exchange, Head, SendError};
+use crate::exchange::{Exchange, Head, SendError};
 use crate::failure::Failure;
 use crate::file_part::FilePart;
 use crate::files::host::FileView;
@@ -207,7 +206,6 @@ impl Instance {
     pub async fn handle(
         &mut self,
         request: RequestId,
-        method: &Method,
         environ: &[u8],
         body: &[u8],
         exchange: Exchange,
@@ -248,10 +246,7 @@ impl Instance {
         if exchange.has_started() {
             return Err(Failure::BadResponse("a response was both streamed and returned"));
         }
-        let (head, body) = exchange::parse_head(&returned).map_err(Failure::BadResponse)?;
-        let start = returned.len() - body.len();
-        let body = Bytes::from(returned).slice(start..);
-        let body = exchange::check_body(&head, method, body).map_err(Failure::BadResponse)?;
+        let (head, body) = exchange.whole(returned).map_err(Failure::BadResponse)?;
         Ok(Reply::Complete(head, body))
     }
 
@@ -436,6 +431,18 @@ impl response::Host for HostState {
         };
         let _pause = self.clock.pause();
         sent(exchange.finish().await)
+    }
+
+    async fn send_whole(&mut self, response: Vec<u8>) -> Result<(), response::WriteError> {
+        let Some(exchange) = &mut self.exchange else {
+            return Err(response::WriteError::Refused);
+        };
+        let pause = self.clock.pause();
+        let whole = exchange.send_whole(response).await;
+        if whole.is_ok() {
+            pause.renew();
+        }
+        sent(whole)
     }
 
     async fn send_file(

@@ -8,6 +8,7 @@
 mod access_log;
 mod app;
 mod artifact;
+mod bounds;
 mod build;
 mod cache;
 mod cache_command;

@@ -27,7 +27,7 @@ use crate::machine;
 use crate::pool::Pools;
 use crate::sandbox::{self, Paths, Sandbox};
 use crate::scheduler::{self, Scheduler, processors};
-use crate::state::StateFile;
+use crate::state::{State, StateFile};
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
 use crate::tls::{Tls, TlsFiles};
@@ -69,7 +69,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instances")?;
     // Before the first thread: not all of it reaches those that run already.
-    sandbox::apply(args.sandbox, &paths_in_use(args, &plan, &cache, &addresses)?)?;
+    sandbox::apply(args.sandbox, &paths_in_use(args, &plan, &state.get(), &cache, &addresses)?)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         // Not more than can run, so that they need not wait for each other.
         // What computes for long does so elsewhere: see `scheduler`.
@@ -279,7 +279,13 @@ impl Plan {
 
 /// The paths that the server uses while it serves. What it may write to never
 /// has the configuration in it: whoever can write that grants himself all.
-fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Address]) -> Result<Paths> {
+fn paths_in_use(
+    args: &ServeArgs,
+    plan: &Plan,
+    state: &State,
+    cache: &Cache,
+    addresses: &[Address],
+) -> Result<Paths> {
     let mut configured = Vec::new();
     if let Some(path) = &plan.watched {
         // Also where a link to it leads.
@@ -320,8 +326,9 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
     for directory in &configured {
         write("data", directory.join("data"))?;
     }
+    // What `ctl` has deployed before.
+    paths.read.extend(state.apps.values().map(|app| parent(app)));
     if let Some(state) = &plan.state {
-        paths.read.extend(deployed(state).iter().map(|app| parent(app)));
         // Nobody else changes it.
         if plan.control.is_some() {
             let directory = parent(state);
@@ -357,18 +364,6 @@ fn paths_in_use(args: &ServeArgs, plan: &Plan, cache: &Cache, addresses: &[Addre
     paths.read.extend(certificates.map(|path| parent(path)));
     paths.read.extend(configured);
     Ok(paths)
-}
-
-/// The apps that `ctl` has deployed before.
-fn deployed(state: &Path) -> Vec<PathBuf> {
-    let text = std::fs::read(state).unwrap_or_default();
-    let state = serde_json::from_slice::<serde_json::Value>(&text).unwrap_or_default();
-    let apps = state.get("apps").and_then(serde_json::Value::as_object);
-    apps.into_iter()
-        .flat_map(|apps| apps.values())
-        .filter_map(|app| app.as_str())
-        .map(PathBuf::from)
-        .collect()
 }
 
 /// The directory that `path` is in.
@@ -520,7 +515,8 @@ mod tests {
         let cache = Cache::open()?;
         let plan = Plan::new(&args, &cache)?;
         let addresses = plan.bind.iter().map(|text| Address::parse(text)).collect::<Result<Vec<_>>>()?;
-        paths_in_use(&args, &plan, &cache, &addresses)
+        let state = StateFile::open(plan.state.clone(), false)?.get();
+        paths_in_use(&args, &plan, &state, &cache, &addresses)
     }
 
     /// A configuration with a tenant and `server`, in a directory of its own

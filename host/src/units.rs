@@ -132,21 +132,31 @@ macro_rules! from_string {
 from_string!(Size, "^[0-9]+ ?(B|KiB|MiB|GiB|TiB|kB|KB|MB|GB)?$");
 from_string!(Time, "^[0-9]+ ?(ms|s|m|min|h|d)$");
 
-/// Reads a size or a time of the command line that must be within `range`.
+/// Reads a value of the command line that must be within `range`.
 pub fn within<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, String> + Clone
 where
-    T: FromStr<Err = String> + fmt::Display + PartialOrd + Clone,
+    T: FromStr<Err: fmt::Display> + fmt::Display + PartialOrd + Clone,
 {
     move |text| {
-        let value: T = text.parse()?;
-        if value < *range.start() {
-            return Err(format!("`{text}` is too little: the least is {}", range.start()));
-        }
-        if value > *range.end() {
-            return Err(format!("`{text}` is too much: the most is {}", range.end()));
-        }
+        let value: T = text.parse().map_err(|error: T::Err| error.to_string())?;
+        check(&value, &range)?;
         Ok(value)
     }
+}
+
+/// Checks that `value` is within `range`.
+///
+/// # Errors
+///
+/// That it is not, with the bound.
+pub fn check<T: fmt::Display + PartialOrd>(value: &T, range: &RangeInclusive<T>) -> Result<(), String> {
+    if value < range.start() {
+        return Err(format!("`{value}` is too little: the least is {}", range.start()));
+    }
+    if value > range.end() {
+        return Err(format!("`{value}` is too much: the most is {}", range.end()));
+    }
+    Ok(())
 }
 
 /// Splits `128MiB` into `128` and `MiB`.

@@ -548,6 +548,61 @@ fn a_head_that_trickles_in_is_a_408() {
     server.finish();
 }
 
+/// On the command line and in a configuration file the same values are refused,
+/// in the same words.
+#[test]
+fn values_that_can_not_work_are_refused_with_their_bound() {
+    let app = guest("behaviours");
+    let app = app.to_str().unwrap();
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("wsgi-wasm.toml");
+    let table: &[(&str, &str, &str, &str)] = &[
+        ("--memory", "limits.memory", "0", "`0B` is too little: the least is 1MiB"),
+        ("--memory", "limits.memory", "1023KiB", "`1023KiB` is too little: the least is 1MiB"),
+        ("--memory", "limits.memory", "5GiB", "`5GiB` is too much: the most is 4GiB"),
+        ("--memory", "limits.memory", "99999999999TiB", "`99999999999TiB` is too large"),
+        ("--total-memory", "limits.total_memory", "0", "`0B` is too little: the least is 1MiB"),
+        ("--timeout", "limits.timeout", "0s", "`0s` is too little: the least is 1ms"),
+        ("--timeout", "limits.timeout", "40000d", "`40000d` is too long"),
+        ("--cpu", "limits.cpu", "0ms", "`0s` is too little: the least is 1ms"),
+        ("--response-time", "limits.response_time", "0h", "`0s` is too little: the least is 1ms"),
+        ("--instances", "instances.max", "0", "`0` is too little: the least is 1"),
+        ("--instances", "instances.max", "4097", "`4097` is too much: the most is 4096"),
+        ("--max-requests", "instances.requests", "0", "`0` is too little: the least is 1"),
+        ("--data-quota", "data.quota", "-1", "`-1` is not a size"),
+        ("--tmp", "limits.tmp", "much", "`much` is not a size"),
+        ("--queue-wait", "limits.queue_wait", "5", "`5` is not a time"),
+        ("--client-timeout", "", "0s", "`0s` is too little: the least is 1ms"),
+        ("--header-timeout", "", "0s", "`0s` is too little: the least is 1ms"),
+        ("--max-headers", "", "0", "`0` is too little: the least is 1"),
+        ("--max-headers", "", "10001", "`10001` is too much: the most is 10000"),
+        ("--max-connections", "", "0", "`0` is too little: the least is 1"),
+        ("--http2-resets", "", "0", "`0` is too little: the least is 1"),
+        ("--forwarded-hops", "", "0", "`0` is too little: the least is 1"),
+        ("--keep-alive-requests", "", "0", "`0` is too little: the least is 1"),
+    ];
+    for (option, key, value, problem) in table {
+        let argument = format!("{option}={value}");
+        run(wsgi_wasm().args(["serve", app, &argument])).refused(&[option, problem]);
+        if ["--memory", "--timeout", "--tmp", "--data-quota"].contains(option) {
+            let arguments = ["exec", app, &argument, "--", "python", "-c", "1"];
+            run(wsgi_wasm().args(arguments)).refused(&[option, problem]);
+        }
+        let Some((table, name)) = key.rsplit_once('.') else { continue };
+        let number = if table == "instances" { (*value).to_owned() } else { format!("\"{value}\"") };
+        let path = if table == "data" { "path = \".\"\n" } else { "" };
+        let tenant =
+            format!("[[tenant]]\nname = \"a\"\napp = \"{app}\"\n[tenant.{table}]\n{path}{name} = {number}\n");
+        std::fs::write(&file, &tenant).unwrap();
+        run(wsgi_wasm().arg("check").arg(&file)).refused(&["wsgi-wasm.toml:", problem]);
+        if table != "data" {
+            let defaults = format!("[defaults.{table}]\n{name} = {number}\n");
+            std::fs::write(&file, format!("{defaults}[[tenant]]\nname = \"a\"\napp = \"{app}\"\n")).unwrap();
+            run(wsgi_wasm().arg("check").arg(&file)).refused(&["wsgi-wasm.toml:2: ", problem]);
+        }
+    }
+}
+
 #[test]
 fn bad_options_of_the_front_are_refused_before_anything_listens() {
     let app = guest("behaviours");
@@ -561,9 +616,7 @@ fn bad_options_of_the_front_are_refused_before_anything_listens() {
     serve(&["--tls-client-ca", "a.pem"]).refused(&["--tls-cert"]);
     serve(&["--access-log", "json", "--access-log-file", "/no/such/dir/log"])
         .refused(&["/no/such/dir/log", "help:"]);
-    for (option, value) in [("--access-log", "xml"), ("--forwarded-hops", "0"), ("--max-headers", "0")] {
-        serve(&[option, value]).refused(&[option]);
-    }
+    serve(&["--access-log", "xml"]).refused(&["--access-log"]);
     let help = run(wsgi_wasm().args(["serve", "--help"])).success().stdout;
     for limit in [
         "--max-header-size",

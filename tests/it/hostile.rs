@@ -230,6 +230,9 @@ fn a_guest_that_breaks_the_contract_costs_one_request_and_one_instance() {
         ("no head, and the end", new().finish().answer(""), 500, "without a head"),
         ("both ways", new().start(HEAD).answer(OK), 500, "both streamed and returned"),
         ("hints too late", new().start(HEAD).early_hints("Link: </>\r\n").answer(""), 500, "after the head"),
+        ("a head, and a whole response", new().start(HEAD).send_whole(OK).answer(""), 500, "sent twice"),
+        ("a whole response out of bounds", new().send_whole_raw(u32::MAX, 1).answer(""), 500, "trapped"),
+        ("an empty whole response", new().send_whole("").answer(""), 500, "has no end"),
         ("bytes behind a head", new().start(OK).answer(""), 500, "bytes follow"),
         // What it passes.
         ("a head out of bounds", new().start_raw(u32::MAX, 1).answer(""), 500, "trapped"),
@@ -292,6 +295,48 @@ fn a_guest_that_breaks_the_contract_costs_one_request_and_one_instance() {
     let grown = arena.memory("VmRSS:").saturating_sub(before);
     assert!(grown < 64 * MIB, "96 MiB of stacks were not given back: {} MiB more", grown / MIB);
     arena.finish();
+}
+
+#[test]
+fn a_whole_response_stands_whatever_follows() {
+    let arena = Arena::start(&[PUPPET]);
+    let new = || Script::new().send_whole(OK);
+    for (what, script, logged) in [
+        ("an end", new().answer(""), None),
+        ("a trap", new().trap().bytes(), Some("unreachable")),
+        ("no end", new().spin().bytes(), Some("in time")),
+        ("a second one", new().send_whole(OK).answer(""), Some("sent twice")),
+        ("a head", new().start(HEAD).write("x").finish().answer(""), Some("sent twice")),
+        ("a piece", new().write("x").answer(""), Some("without a head")),
+        ("an answer", new().answer(OK), Some("both streamed and returned")),
+        ("a trap, much later", new().timer(100_000_000).wait().trap().bytes(), Some("unreachable")),
+    ] {
+        let response = arena.post("puppet", &script);
+        assert_eq!(response.ok(), "fine", "{what}");
+        if let Some(text) = logged {
+            arena.server.wait_for_log(&[text]);
+        }
+    }
+    arena.finish();
+}
+
+#[test]
+fn crashes_after_whole_responses_are_held_back_too() {
+    let wait = |script: Script| script.timer(10_000_000).wait().trap().bytes();
+    for (what, script) in [
+        ("at once", Script::new().send_whole(OK).trap().bytes()),
+        ("later", wait(Script::new().send_whole(OK))),
+        (
+            "after pieces",
+            wait(Script::new().start("Status: 200 OK\r\nContent-Length: 4\r\n\r\n").write("fi").write("ne")),
+        ),
+    ] {
+        let arena = Arena::start(&[("puppet", "instances = { max = 1 }")]);
+        let answered = (0..20).filter(|_| arena.post("puppet", &script).status == 200).count();
+        assert!(answered <= 8, "{what}: {answered}");
+        assert_eq!(arena.status("puppet")["state"], "crashing", "{what}");
+        arena.finish();
+    }
 }
 
 #[test]
@@ -359,6 +404,8 @@ fn a_head_that_breaks_http_goes_nowhere() {
             arena.assert_refused(&what, &returned, 500, rule);
             let streamed = arena.post("puppet", &Script::new().start(head).finish().answer(""));
             assert_eq!(streamed.status, 500, "{what}");
+            let whole = arena.post("puppet", &Script::new().send_whole(head).answer(""));
+            arena.assert_refused(&what, &whole, 500, rule);
         }
         // Longer than what comes with the call: made by the guest itself.
         let body = Script::new().grow_memory(10).fill(PAGE * 2, 500_000, b'a').answer_raw(PAGE * 2, 500_000);
@@ -388,6 +435,12 @@ fn output_without_end_has_an_end() {
         assert!(response.cut, "more than the limit");
         assert_eq!(response.body.len(), 64 << 10);
         arena.server.wait_for_log(&["puppet", "larger than the limit"]);
+        let whole = [b"Status: 200 OK\r\n\r\n".to_vec(), vec![b'x'; 40 << 10]].concat();
+        let hinted =
+            Script::new().early_hints("Link: </a>\r\n".repeat(400)).times(7).send_whole(&whole).answer("");
+        arena.assert_refused("a whole one", &arena.post("puppet", &hinted), 500, "body is larger");
+        let hinted = Script::new().early_hints("Link: </a>\r\n".repeat(400)).times(7).answer(&whole);
+        arena.assert_refused("a returned one", &arena.post("puppet", &hinted), 500, "body is larger");
         let hints = Script::new().early_hints("Link: </a>; rel=preload\r\n").times(100_000).answer("");
         arena.assert_refused("hints", &arena.post("puppet", &hints), 500, "early hints are larger");
         assert_eq!(

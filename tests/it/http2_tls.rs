@@ -109,6 +109,24 @@ fn http2_by_prior_knowledge_carries_requests_side_by_side() {
 }
 
 #[test]
+fn a_whole_body_ends_its_stream_before_the_app_goes_on() {
+    let server = Server::start("behaviours", &["--instances", "8", "--timeout", "5s"]);
+    client(async {
+        let (mut sender, _driver) = connect(&server).await;
+        for (method, chunks, body) in [("GET", 1, "all of it"), ("GET", 2, "all of it"), ("HEAD", 1, "")] {
+            for then in ["next,sleep", "close,spin"] {
+                let path = format!("/whole-then?200;{chunks};{then}");
+                let answer = ask(&mut sender, method, &path, b"").await.unwrap();
+                assert_eq!(answer, (200, body.into()), "{path}");
+            }
+        }
+    });
+    // The apps never end, and none was stopped yet.
+    assert!(!server.log().contains("in time"));
+    server.finish();
+}
+
+#[test]
 fn a_stop_lets_http2_finish_and_says_goodbye() {
     let mut server = Server::start("behaviours", &[]);
     client(async {

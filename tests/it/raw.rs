@@ -138,6 +138,14 @@ impl Script {
         self.call(3, "")
     }
 
+    pub fn send_whole(self, response: impl AsRef<[u8]>) -> Script {
+        self.call(21, response)
+    }
+
+    pub fn send_whole_raw(self, address: u32, length: u32) -> Script {
+        self.add(21, Place::Raw(address, length))
+    }
+
     pub fn early_hints(self, fields: impl AsRef<[u8]>) -> Script {
         self.call(4, fields)
     }

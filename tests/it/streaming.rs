@@ -130,6 +130,45 @@ fn close_runs_once_after_a_whole_body() {
 }
 
 #[test]
+fn a_whole_body_is_sent_before_the_app_goes_on() {
+    let server = Server::start("behaviours", &["--instances", "16", "--timeout", "5s", "--compress"]);
+    for then in ["next,sleep", "next,spin", "close,sleep", "close,spin"] {
+        for (method, status, chunks, body) in [
+            ("GET", 200, 1, "all of it"),
+            ("GET", 200, 2, "all of it"),
+            ("HEAD", 200, 1, ""),
+            ("GET", 304, 1, ""),
+        ] {
+            let path = format!("/whole-then?{status};{chunks};{then}");
+            let response = server.request(method, &path, &[], b"");
+            assert_eq!(
+                (response.status, response.text(), response.cut),
+                (status, body.into(), false),
+                "{path}"
+            );
+        }
+    }
+    // The apps never end, and none was stopped yet.
+    assert!(!server.log().contains("in time"));
+    server.wait_for_log(&["RequestTimeout"]);
+    server.wait_for_log(&["in time"]);
+    server.finish();
+}
+
+#[test]
+fn a_failure_after_a_whole_body_is_only_logged() {
+    let server = Server::start("behaviours", &["--instances", "1", "--access-log", "json"]);
+    for chunks in [1, 2] {
+        for place in ["next", "close"] {
+            assert_eq!(server.get(&format!("/whole-then?200;{chunks};{place},fail")).ok(), "all of it");
+            server.wait_for_log(&[&format!("failed in {place} after the whole body")]);
+        }
+    }
+    let log = server.finish();
+    assert_eq!(log.matches("\"whole\":true").count(), 4, "{log}");
+}
+
+#[test]
 fn a_client_that_takes_nothing_is_cut_off() {
     let server = Server::start("behaviours", &["--instances", "1", "--client-timeout", "500ms"]);
     let mut connection = server.connect();

@@ -14,6 +14,15 @@ fn environ(server: &Server, head: &str, body: &str) -> Value {
 }
 
 #[test]
+fn a_body_of_one_chunk_gets_its_length() {
+    let server = Server::start("behaviours", &[]);
+    let response = server.get("/single");
+    assert_eq!(response.header("content-length"), Some("12"));
+    assert_eq!(response.ok(), "the only one");
+    server.finish();
+}
+
+#[test]
 fn each_variable_has_its_rule() {
     let server = Server::start("behaviours", &[]);
     let seen = environ(

@@ -56,6 +56,13 @@ class _Host:
             raise _write_error(error) from None
 
     @staticmethod
+    def send_whole(whole: bytes) -> None:
+        try:
+            response.send_whole(whole)
+        except Err as error:
+            raise _write_error(error) from None
+
+    @staticmethod
     def send_file(head: bytes, path: str, offset: int, length: int) -> bool:
         try:
             sent: bool = response.send_file(head, path, offset, length)

@@ -52,6 +52,10 @@ class Host(Protocol):
         """Says that the body is complete. Raises `ClientGone` or `Refused`."""
         ...
 
+    def send_whole(self, response: bytes, /) -> None:
+        """Sends a whole CGI response. Raises `ClientGone` or `Refused`."""
+        ...
+
     def send_file(self, head: bytes, path: str, offset: int, length: int, /) -> bool:
         """Sends a whole response with a part of a file as its body.
 
@@ -129,43 +133,42 @@ def run(application: Application, environ_block: bytes, body: bytes, host: Host)
     if environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
         environ["wsgi.early_hints"] = response.early_hints
     chunks: Any = None
-    answer = b""
     try:
         environ["wsgi.input"] = open_input(environ, body, host.read)
         chunks = application(environ, response.start_response)
         if type(chunks) is list or type(chunks) is tuple:
             # They have no `close`.
             return response.whole(chunks)
-        answer = response.stream(chunks)
+        response.stream(chunks)
     except BaseException as error:
         # Also SystemExit and its kin: what leaves an exported function is a
         # trap, which costs the instance.
         response.report(error)
     # PEP 3333, "Specification Details": `close` is called "whether the request
     # was completed normally, or terminated early". It is not part of the
-    # response, which stands if `close` fails.
+    # response, which is on its way and stands if `close` fails.
     try:
         close = getattr(chunks, "close", None)
         if close is not None:
             close()
     except BaseException as error:
         response.report(error, "close() failed")
-    return answer
+    return b""
 
 
 class Response:
     """The response to one request: what `start_response` and `write` do, and the sending.
 
-    A response that is known as a whole is returned to the host; else its head
-    goes out with the first chunk that is not empty.
+    A list or a tuple, after which nothing runs, is returned to the host; else
+    the head goes out with the first chunk that is not empty.
     """
 
     __slots__ = (
         "bodiless",
         "cut",
+        "done",
         "gone",
         "head",
-        "held",
         "host",
         "length",
         "method",
@@ -182,10 +185,9 @@ class Response:
         self.host = host
         # The head without its final empty line, as `start_response` got it.
         self.head: str | None = None
-        # Whether the host has the head.
+        # Whether the host has the head, and all of a whole response.
         self.started = False
-        # A first chunk that is the whole body by its Content-Length.
-        self.held: bytes | None = None
+        self.done = False
         # The Content-Length that the application declared.
         self.length: int | None = None
         self.bodiless = False
@@ -203,8 +205,7 @@ class Response:
         """
         if exc_info:
             try:
-                # A held chunk counts: to the application, it is sent.
-                if self.started or self.held is not None:
+                if self.started:
                     raise exc_info[1].with_traceback(exc_info[2])
             finally:
                 exc_info = None  # Breaks the circle through this frame.
@@ -226,7 +227,7 @@ class Response:
 
         Not a part of PEP 3333; other servers have it by the same name.
         """
-        if self.started or self.held is not None:
+        if self.started:
             raise RuntimeError("early hints must be sent before the response")
         lines, length = _header_lines(headers, False)
         if length is not None:
@@ -251,26 +252,28 @@ class Response:
         """
         if not chunk:
             return
-        if self.bodiless and self.head is not None:
-            # The head is returned in the end, but the application may count on
-            # its being sent.
-            self.held = b""
+        if self.bodiless:
+            # It tells that the head is final; the rest is for nobody.
+            if not self.started:
+                self.send_whole(b"")
             return
-        if self.length is not None and len(chunk) > self.length - self.sent:
-            chunk = self.cut_to(chunk, self.length - self.sent)
+        length = self.length
+        if length is not None and len(chunk) > length - self.sent:
+            chunk = self.cut_to(chunk, length - self.sent)
             # Nothing is left of it after the end; an empty body has only a head.
-            if not chunk and (self.started or self.held is not None):
+            if not chunk and self.started:
                 return
         host = self.host
         try:
             if not self.started:
                 if self.head is None:
                     raise RuntimeError("the application sent a body before start_response")
+                if len(chunk) == length and length <= _PIECE:
+                    self.send_whole(chunk)
+                    return
                 # Started before the attempt: a head may be half way out.
                 self.started = True
-                host.start(f"{self.head}\r\n".encode("latin-1"))
-            if not chunk:
-                return
+                host.start(self.message(b""))
             if len(chunk) <= _PIECE:
                 host.write(chunk)
             else:
@@ -281,6 +284,16 @@ class Response:
             raise
         self.sent += len(chunk)
 
+    def send_whole(self, body: bytes) -> None:
+        """Sends the response with the whole `body` in one."""
+        self.started = self.done = True
+        self.sent = len(body)
+        try:
+            self.host.send_whole(self.message(body))
+        except ClientGone:
+            self.gone = True
+            raise
+
     def whole(self, chunks: list[bytes] | tuple[bytes, ...]) -> bytes:
         """Answers with a body that is known as a whole."""
         for chunk in chunks:
@@ -289,32 +302,47 @@ class Response:
         if self.started:  # by write()
             for chunk in chunks:
                 self.send(chunk)
-            return self.end()
-        return self.complete(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+        else:
+            body = self.fit(chunks[0] if len(chunks) == 1 else b"".join(chunks))
+            if len(body) <= _PIECE:
+                return self.message(body)
+            self.send(body)
+        self.end()
+        return b""
 
-    def stream(self, chunks: Iterable[bytes]) -> bytes:
+    def stream(self, chunks: Iterable[bytes]) -> None:
         """Answers with chunks, each sent before the next is asked for.
 
-        PEP 3333, "Buffering and Streaming". The exception is a first chunk as
-        long as the Content-Length: it is all there is, and only asking for
-        more tells whether the application ends well.
+        PEP 3333, "Buffering and Streaming". A chunk as long as the
+        Content-Length is all there is: the client has the whole response
+        before the application goes on.
         """
         if chunks is None or isinstance(chunks, (str, bytes)):
             raise TypeError(f"the application returned {_kind(chunks)}, not an iterable of bytes")
         if type(chunks) is FileWrapper and self.head is not None and self.send_file(chunks):
-            return b""
+            return
         for chunk in chunks:
             if not isinstance(chunk, bytes):
                 raise TypeError(f"a chunk of the body must be bytes, not {_kind(chunk)}")
+            if self.length is None and chunk and self.is_single(chunks):
+                self.add_length(len(chunk))
+            self.send(chunk)
             if self.bodiless and chunk:
-                # It tells that the head is final; the rest is for nobody.
                 break
-            if len(chunk) == self.length and not self.started and self.held is None and chunk:
-                self.held = chunk
-                self.sent = len(chunk)
-            else:
-                self.send(chunk)
-        return self.end()
+        self.end()
+
+    def is_single(self, chunks: Iterable[bytes]) -> bool:
+        """Tells whether a first chunk of `chunks` is the whole body.
+
+        PEP 3333, "Handling the Content-Length Header": if `len` can be called,
+        it can be relied on.
+        """
+        if self.started or self.bodiless or self.head is None:
+            return False
+        try:
+            return len(chunks) == 1  # type: ignore[arg-type]
+        except TypeError:
+            return False
 
     def send_file(self, wrapper: FileWrapper) -> bool:
         """Sends the file in `wrapper` if the host can do that, and tells whether it did.
@@ -330,8 +358,8 @@ class Response:
         length = self.length
         if size is not None:
             if length is None:
-                self.length = length = size
-                self.head = f"{self.head}Content-Length: {length}\r\n"
+                length = size
+                self.add_length(size)
             elif length > size and not self.bodiless:
                 raise self.too_short(size)
         if self.bodiless:
@@ -344,52 +372,52 @@ class Response:
         if located is None:
             return False
         try:
-            sent = self.host.send_file(
-                f"{self.head}\r\n".encode("latin-1"), located[0], located[1], length
-            )
+            sent = self.host.send_file(self.message(b""), located[0], located[1], length)
         except ClientGone:
             self.gone = True
             raise
         self.started = sent
         return sent
 
-    def end(self) -> bytes:
+    def end(self) -> None:
         """Ends the response after the last chunk."""
         if not self.started:
-            return self.complete(self.held or b"")
+            self.send_whole(self.fit(b""))
         if self.gone:
             # The application caught the exception and went on.
             raise ClientGone("the client is gone")
+        if self.done:
+            return
         if self.length is not None and self.sent < self.length:
             raise self.too_short(self.sent)
         self.host.finish()
-        return b""
 
-    def complete(self, body: bytes) -> bytes:
-        """Returns the CGI response with the whole `body`.
+    def fit(self, body: bytes) -> bytes:
+        """Makes head and whole `body` fit each other, and returns the body.
 
         PEP 3333, "Handling the Content-Length Header": added if it is missing;
         a body that is longer is cut, one that is shorter is an error.
         """
-        head = self.head
-        if head is None:
+        if self.head is None:
             raise RuntimeError("the application did not call start_response")
         if self.bodiless:
-            return f"{head}\r\n".encode("latin-1")
-        length = self.length
-        if length is None:
-            head = f"{head}Content-Length: {len(body)}\r\n"
-        elif len(body) > length:
-            body = self.cut_to(body, length)
-        elif len(body) < length:
+            return b""
+        if self.length is None:
+            self.add_length(len(body))
+        elif len(body) > self.length:
+            return self.cut_to(body, self.length)
+        elif len(body) < self.length:
             raise self.too_short(len(body))
-        if len(body) <= _PIECE:
-            return f"{head}\r\n".encode("latin-1") + body
-        self.head = head
-        self.sent = 0
-        self.held = None
-        self.send(body)
-        return self.end()
+        return body
+
+    def add_length(self, length: int) -> None:
+        """Adds the Content-Length that the application did not declare."""
+        self.length = length
+        self.head = f"{self.head}Content-Length: {length}\r\n"
+
+    def message(self, body: bytes) -> bytes:
+        """Returns the CGI response with `body` behind the head."""
+        return f"{self.head}\r\n".encode("latin-1") + body
 
     def cut_to(self, chunk: bytes, room: int) -> bytes:
         """Returns the part of `chunk` that the Content-Length has room for."""

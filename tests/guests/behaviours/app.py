@@ -162,6 +162,44 @@ def stream_exact(environ, start_response):
     return Pieces(3)
 
 
+class Whole:
+    """A whole body of which the app gives so many chunks, and that goes on after it."""
+
+    def __init__(self, chunks, then):
+        self.chunks, self.then = chunks, then
+
+    def __iter__(self):
+        yield from self.chunks
+        self.go_on("next")
+
+    def close(self):
+        self.go_on("close")
+
+    def go_on(self, place):
+        where, how = self.then
+        if place == where:
+            print("goes on", place, how, file=sys.stderr)
+            if how == "sleep":
+                time.sleep(3600)
+            while how == "spin":
+                pass
+            raise RuntimeError(f"failed in {place} after the whole body")
+
+
+def whole_then(environ, start_response):
+    """Goes on after a whole body as the query says: `STATUS;CHUNKS;next,spin`."""
+    status, chunks, then = environ["QUERY_STRING"].split(";")
+    start_response(status + " Fine", [("Content-Length", "9")])
+    chunks = {"1": [b"all of it"], "2": [b"all ", b"of it"]}[chunks]
+    return Whole(chunks, then.split(","))
+
+
+def single(environ, start_response):
+    """A body of one chunk that is no plain list."""
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return type("Chunks", (list,), {})([b"the only one"])
+
+
 def stream_for_ever(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     return Pieces(1_000_000, 0.01)
@@ -717,7 +755,7 @@ ROUTES = {
         hello, show_environ, echo, count, count_only, lines, use_input, read_and_tell, ignore_body, stream_too_much,
         whole_too_much, whole_too_little, late_start, replace_head, replace_sent_head, start_twice, wrong_start,
         ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, work_slowly, nap, keep_temporary,
-        early_hints, late_early_hints, large, large_whole, stream, stream_exact,
+        early_hints, late_early_hints, large, large_whole, stream, stream_exact, whole_then, single,
         stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
         hop_by_hop, bad_status, recurse, recurse_in_c, spin, sleep, sleep_for_ever, compute, allocate,
