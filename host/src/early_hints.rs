@@ -6,6 +6,8 @@
 //! hyper flushes its stream only once it has handed over all it had, and
 //! because [`EarlyHints::send`] waits until its bytes are written: as long as
 //! it waits, there is no final response that hyper could have begun.
+//! The guest may be at work elsewhere than in the connection's task, which is
+//! therefore woken to flush its stream.
 //!
 //! A connection that speaks HTTP/2 must not have this layer.
 
@@ -14,12 +16,20 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, ready};
 
+use atomic_waker::AtomicWaker;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::oneshot;
 
 /// The way to send interim responses on one connection.
 #[derive(Clone, Debug)]
-pub struct EarlyHints(Arc<Mutex<State>>);
+pub struct EarlyHints(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    state: Mutex<State>,
+    /// The connection's task.
+    task: AtomicWaker,
+}
 
 #[derive(Debug)]
 enum State {
@@ -61,13 +71,13 @@ impl EarlyHints {
             }
             *state = State::Waiting(Interim { bytes, written: 0, done });
         }
-        // The connection's task is the one that polls us, and it flushes its
-        // stream when we have nothing for it.
+        // It flushes its stream when it has nothing else to do.
+        self.0.task.wake();
         written.await.map_err(|_| Closed)
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -80,7 +90,8 @@ pub struct Stream<S> {
 
 /// Makes `inner` a stream on which interim responses can be sent.
 pub fn layer<S>(inner: S) -> (Stream<S>, EarlyHints) {
-    let hints = EarlyHints(Arc::new(Mutex::new(State::Idle)));
+    let shared = Shared { state: Mutex::new(State::Idle), task: AtomicWaker::new() };
+    let hints = EarlyHints(Arc::new(shared));
     (Stream { inner, hints: hints.clone() }, hints)
 }
 
@@ -88,7 +99,7 @@ impl<S: AsyncWrite + Unpin> Stream<S> {
     /// Writes the interim response that waits; if `begun`, only one that is
     /// half way out.
     fn poll_interim(&mut self, context: &mut Context<'_>, begun: bool) -> Poll<io::Result<()>> {
-        let mut state = self.hints.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.hints.lock();
         let State::Waiting(interim) = &mut *state else {
             return Poll::Ready(Ok(()));
         };
@@ -128,6 +139,8 @@ impl<S: AsyncRead + Unpin> AsyncRead for Stream<S> {
         context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
+        // hyper always reads while a request is at work, to see its client leave.
+        self.hints.0.task.register(context.waker());
         Pin::new(&mut self.inner).poll_read(context, buffer)
     }
 }
@@ -216,6 +229,28 @@ mod tests {
         stream.write_all(b"final").await.unwrap();
         drop(stream);
         assert_eq!(reader.await.unwrap(), [INTERIM, b"final"].concat());
+    }
+
+    #[tokio::test]
+    async fn the_task_of_the_connection_is_woken_for_it() {
+        let (ours, mut theirs) = tokio::io::duplex(1024);
+        let (mut stream, hints) = layer(ours);
+        let connection = tokio::spawn(async move {
+            std::future::poll_fn(|context| {
+                let mut buffer = [0];
+                let read = Pin::new(&mut stream).poll_read(context, &mut ReadBuf::new(&mut buffer));
+                assert!(Pin::new(&mut stream).poll_flush(context).is_ready());
+                read
+            })
+            .await
+        });
+        tokio::task::yield_now().await;
+        hints.send(b"Link: </a>\r\n").await.unwrap();
+        let mut seen = [0; INTERIM.len()];
+        theirs.read_exact(&mut seen).await.unwrap();
+        assert_eq!(seen, INTERIM);
+        drop(theirs);
+        connection.await.unwrap().unwrap();
     }
 
     #[tokio::test]

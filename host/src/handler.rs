@@ -421,6 +421,7 @@ impl Running {
                 None if self.call.is_none() => return Poll::Ready(None),
                 None => {}
             }
+            let was_in_background = self.is_in_background;
             match self.poll_call(context) {
                 Poll::Ready(Err(failure)) => {
                     self.observer.ended(Err(failure));
@@ -429,8 +430,13 @@ impl Running {
                     self.failed = Some((failure, false));
                 }
                 Poll::Ready(Ok(_)) => {}
-                // The guest may have sent something before it had to wait.
-                Poll::Pending if self.events.is_empty() => return Poll::Pending,
+                // What it sends from now on wakes this task: `next_event` saw to
+                // that. It may say that there is nothing although there is, if
+                // the task has done so much that others come first.
+                Poll::Pending if was_in_background => return Poll::Pending,
+                Poll::Pending if !self.is_in_background && self.events.is_empty() => return Poll::Pending,
+                // The guest has sent something before it had to wait, or it may
+                // have done so in the background, where it has just gone.
                 Poll::Pending => {}
             }
         }
@@ -469,8 +475,12 @@ impl Running {
         let Some(call) = self.call.take() else { return };
         let call = self.share.in_background(call);
         self.is_in_background = true;
-        // It has panicked, or the server stops.
-        self.call = Some(Box::pin(async move { call.await.unwrap_or(Err(Failure::Trap)) }));
+        self.call = Some(Box::pin(async move {
+            // It has panicked, or the server stops.
+            call.await.unwrap_or_else(|error| {
+                Err(if error.is_panic() { Failure::Trap } else { Failure::ClientGone })
+            })
+        }));
     }
 }
 

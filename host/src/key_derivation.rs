@@ -15,6 +15,7 @@ use pbkdf2::hmac::digest::block_api::{Buffer, CoreProxy as _};
 use pbkdf2::hmac::digest::{FixedOutput as _, KeyInit as _, Output, Update as _};
 use pbkdf2::hmac::{EagerHash, Hmac};
 use tokio::sync::Semaphore;
+use tokio::task::JoinSet;
 
 use crate::clock::thread_time;
 use crate::footprint::Footprint;
@@ -160,26 +161,39 @@ pub async fn pbkdf2_hmac(
         Digest::Sha3_512 => Pbkdf2::<sha3::Sha3_512>::begin,
     };
     let mut work = begin(&password, salt, iterations, length as usize)?;
-    let place = app.places.acquire().await.map_err(|_| failed())?;
-    let mut spent = Duration::ZERO;
-    loop {
-        let slot = app.share.turn().await;
-        let share = Arc::clone(&app.share);
-        let slice = app.share.in_background_blocking(move || {
-            // Held by the work, not by the request: that may be gone before.
-            let _held = slot;
-            let start = thread_time();
-            let key = work.go_on(Instant::now() + SLICE);
-            (work, key, charge(&share, start))
-        });
-        let (key, time);
-        (work, key, time) = slice.await.map_err(|_| failed())?;
-        spent += time;
-        if let Some(key) = key {
-            drop(place);
-            return Ok((key, spent));
+    let (places, share) = (Arc::clone(&app.places), Arc::clone(&app.share));
+    apart(&app.share, async move {
+        let _place = places.acquire().await.map_err(|_| failed())?;
+        let mut spent = Duration::ZERO;
+        loop {
+            let slot = share.turn().await;
+            let charged = Arc::clone(&share);
+            let slice = share.in_background_blocking(move || {
+                // Held by the work, not by the request: that may be gone before.
+                let _held = slot;
+                let start = thread_time();
+                let key = work.go_on(Instant::now() + SLICE);
+                (work, key, charge(&charged, start))
+            });
+            let (key, time);
+            (work, key, time) = slice.await.map_err(|_| failed())?;
+            spent += time;
+            if let Some(key) = key {
+                return Ok((key, spent));
+            }
         }
-    }
+    })
+    .await
+}
+
+/// Lets a derivation of the tenant with this share go on in a task of its own,
+/// for as long as it is waited for. Not in the guest's: that is polled only when
+/// it is the guest's turn, and the derivation would have a turn meanwhile and
+/// not use it.
+async fn apart(share: &Share, derivation: impl Future<Output = Derived> + Send + 'static) -> Derived {
+    let mut task = JoinSet::new();
+    share.in_background_within(&mut task, derivation);
+    task.join_next().await.and_then(Result::ok).unwrap_or_else(|| Err(failed()))
 }
 
 /// A derivation that goes on where it stopped.
@@ -314,27 +328,32 @@ pub async fn scrypt(
             salt.len()
         )));
     }
-    let place = Arc::clone(&app.scrypt_places).acquire_owned().await.map_err(|_| failed())?;
-    let slot = app.scrypt_share.turn().await;
-    let mut held = app.footprint.hold(0);
-    if !held.grow(memory) {
-        return Err(Refusal::TooExpensive(format!(
-            "scrypt with n={n}, r={r}, p={p} needs {memory} bytes, and the tenant holds as much memory as it may"
-        )));
-    }
+    let (places, footprint) = (Arc::clone(&app.scrypt_places), Arc::clone(&app.footprint));
     let shares = (Arc::clone(&app.share), Arc::clone(&app.scrypt_share));
-    let derived = app.share.in_background_blocking(move || {
-        // Held by the work, not by the request: that may be gone before.
-        let _held = (place, slot, held);
-        let start = thread_time();
-        let mut key = vec![0; length as usize];
-        // Fails only for a key length that was checked above.
-        let _ = scrypt::scrypt(&password, &salt, &parameters, &mut key);
-        let spent = charge(&shares.0, start);
-        charge(&shares.1, start);
-        (key, spent)
-    });
-    derived.await.map_err(|_| failed())
+    apart(&app.share, async move {
+        let place = places.acquire_owned().await.map_err(|_| failed())?;
+        let slot = shares.1.turn().await;
+        let mut held = footprint.hold(0);
+        if !held.grow(memory) {
+            return Err(Refusal::TooExpensive(format!(
+                "scrypt with n={n}, r={r}, p={p} needs {memory} bytes, and the tenant holds as much memory as it may"
+            )));
+        }
+        let charged = (Arc::clone(&shares.0), shares.1);
+        let derived = shares.0.in_background_blocking(move || {
+            // Held by the work, not by the request: that may be gone before.
+            let _held = (place, slot, held);
+            let start = thread_time();
+            let mut key = vec![0; length as usize];
+            // Fails only for a key length that was checked above.
+            let _ = scrypt::scrypt(&password, &salt, &parameters, &mut key);
+            let spent = charge(&charged.0, start);
+            charge(&charged.1, start);
+            (key, spent)
+        });
+        derived.await.map_err(|_| failed())
+    })
+    .await
 }
 
 fn check_length(length: u32) -> Result<(), Refusal> {

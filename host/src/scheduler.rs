@@ -22,7 +22,7 @@ use std::time::{Duration, Instant};
 use rustix::process::nice;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
-use tokio::task::JoinHandle;
+use tokio::task::{JoinHandle, JoinSet};
 
 use crate::clock::Turnstile;
 
@@ -56,9 +56,9 @@ const BUSY: u64 = 3;
 /// the background. Shorter slices cost more switches than they gain in latency.
 const SLICE: u64 = 5_000;
 
-/// What the threads in the background are nicer by. A tenth of a processor is
-/// theirs, whatever the others do.
-const NICENESS: i32 = 10;
+/// What the threads in the background are nicer by. Not more: it counts against
+/// all other processes, too.
+const NICENESS: i32 = 3;
 
 /// The threads that are meant for guests that compute for long.
 ///
@@ -189,6 +189,18 @@ impl Share {
             Some(background) => background.spawn(work),
             None => tokio::spawn(work),
         }
+    }
+
+    /// The same for work that ends with `tasks`.
+    pub fn in_background_within<T: Send + 'static>(
+        &self,
+        tasks: &mut JoinSet<T>,
+        work: impl Future<Output = T> + Send + 'static,
+    ) {
+        match &self.scheduler.background {
+            Some(background) => tasks.spawn_on(work, background),
+            None => tasks.spawn(work),
+        };
     }
 
     /// The same for work that blocks its thread.

@@ -102,8 +102,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         serve(server, &addresses, inherited, work).await
     });
     // Whatever is left had its grace.
-    runtime.shutdown_timeout(Duration::from_millis(100));
+    // Its tasks use the timers and sockets of the other one.
     background.shutdown_timeout(Duration::from_millis(100));
+    runtime.shutdown_timeout(Duration::from_millis(100));
     served
 }
 

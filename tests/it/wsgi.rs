@@ -441,6 +441,26 @@ fn early_hints_come_before_the_response() {
     server.finish();
 }
 
+/// Such a request goes on in the background, where it must still wake the task of
+/// its connection.
+#[test]
+fn each_step_of_a_request_that_computes_for_long_reaches_its_client() {
+    let server = Server::start("behaviours", &[]);
+    let mut connection = server.connect();
+    let expect = [("Content-Length", "3"), ("Expect", "100-continue")];
+    for _ in 0..5 {
+        connection.send_request("POST", "/stream-slowly", &expect, b"");
+        assert_eq!(read_hints(&mut connection), ["</a.js>"]);
+        assert_eq!(connection.read_head().status, 100);
+        connection.send("abc");
+        assert_eq!(connection.read_head().status, 200);
+        for piece in ["a", "b", "c", ""] {
+            assert_eq!(connection.read_chunk().unwrap(), piece.as_bytes());
+        }
+    }
+    server.finish();
+}
+
 /// How long downloads take, by the host and through Python. A figure, not a test.
 #[test]
 #[ignore = "measures"]

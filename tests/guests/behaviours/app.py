@@ -216,6 +216,24 @@ def stream_too_little(environ, start_response):
     yield b"only this"
 
 
+def stream_slowly(environ, start_response):
+    """Computes before each step, for longer than a request does where it begins."""
+
+    def compute():
+        end = time.process_time() + 0.02
+        while time.process_time() < end:
+            pass
+
+    compute()
+    environ["wsgi.early_hints"]([("Link", "</a.js>")])
+    compute()
+    body = environ["wsgi.input"].read()
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    for byte in body:
+        compute()
+        yield bytes([byte])
+
+
 def stream_then_spin(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     yield b"the beginning"
@@ -756,7 +774,7 @@ ROUTES = {
         whole_too_much, whole_too_little, late_start, replace_head, replace_sent_head, start_twice, wrong_start,
         ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, work_slowly, nap, keep_temporary,
         early_hints, late_early_hints, large, large_whole, stream, stream_exact, whole_then, single,
-        stream_for_ever, stream_then_fail, stream_too_little, stream_then_spin, write_callable, cookies,
+        stream_for_ever, stream_then_fail, stream_too_little, stream_slowly, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
         hop_by_hop, bad_status, recurse, recurse_in_c, spin, sleep, sleep_for_ever, compute, allocate,
         allocate_and_catch, abort, log_lines, log_flood, served, was_closed, randomness, environment,

@@ -158,9 +158,10 @@ def read_slowly(number, start_response, body):
 
 def fill(directory, number, start_response):
     """Writes files of so many bytes until that fails."""
-    path = tempfile.mkdtemp(dir=directory)
     written = 0
     try:
+        # An earlier request of the instance may have filled it up.
+        path = tempfile.mkdtemp(dir=directory)
         while True:
             with open(f"{path}/{written}", "wb") as file:
                 file.write(b"x" * number)
