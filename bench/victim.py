@@ -8,7 +8,8 @@ and what waits because an earlier answer is late counts too.
 
 The server has all processors, and so have the clients. The one that measures
 has real-time priority where that is allowed: what is measured is the server,
-not how long the client waits for a processor.
+not how long the client waits for a processor. Those that attack get what the
+server leaves.
 """
 
 import argparse
@@ -276,8 +277,8 @@ ATTACKS = {
 
 def attack(name, port, over, total):
     """The attacker's client: a process of its own. It stands for other machines,
-    so that it takes as little as can be from the server's."""
-    os.nice(19)
+    so that it gets what the server leaves."""
+    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     act = ATTACKS[name][1]
     done = [0] * ATTACKERS
 

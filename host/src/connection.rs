@@ -47,6 +47,8 @@ const READ: usize = 8 << 10;
 /// takes what the client had under way. Else the kernel answers those bytes
 /// with a reset, and the client may lose the response it has not yet read.
 const LINGER: (Duration, usize) = (Duration::from_secs(1), 1 << 20);
+/// How often is read of it before other tasks have their turn.
+const LINGER_READS: usize = 8;
 /// How long an HTTP/2 client without a request has for a last one that was
 /// under way when it was told that the connection ends. hyper waits for it to
 /// answer a PING (RFC 9113 section 6.8), for ever.
@@ -788,7 +790,8 @@ impl AsyncWrite for Wire {
         }
         let Closing::Lingering(left) = &mut wire.closing else { return Poll::Ready(Ok(())) };
         let mut chunk = [0; READ];
-        loop {
+        // Others' requests come first, and there may be much to read.
+        for _ in 0..LINGER_READS {
             let mut read = ReadBuf::new(&mut chunk);
             match Pin::new(&mut wire.stream).poll_read(context, &mut read) {
                 Poll::Ready(Ok(())) if !read.filled().is_empty() && *left > 0 => {
@@ -802,5 +805,7 @@ impl AsyncWrite for Wire {
                 }
             }
         }
+        context.waker().wake_by_ref();
+        Poll::Pending
     }
 }

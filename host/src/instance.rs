@@ -21,7 +21,7 @@ use crate::guest_log::{GuestLog, LineBudget, Printable};
 use crate::key_derivation::{self, Derivations, Derived, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
 use crate::request_id::RequestId;
-use crate::scheduler::{Share, Turns};
+use crate::scheduler::{Share, Starting, Turns};
 
 mod bindings {
     //! The WIT contract as Rust types and traits.
@@ -186,7 +186,7 @@ impl Instance {
         // A component may run code of its own here.
         let (clock, turns) = (store.data().clock.clone(), Arc::clone(&store.data().turns));
         clock.start(Some(START_TIMEOUT), None);
-        let started = clock.enforce(program.linked.instantiate_async(&mut store), &*turns).await;
+        let started = clock.enforce(program.linked.instantiate_async(&mut store), &Starting(&turns)).await;
         clock.start(None, None);
         match started {
             Ok(guest) => Ok(Instance { store, guest: guest?, requests: 0 }),

@@ -94,10 +94,11 @@ fn report(error: &anyhow::Error) {
     }
 }
 
-/// Logs go to standard error. `WSGI_WASM_LOG` filters them, as in
+/// Logs go to standard error; without h2's warnings, which any client can cause.
+/// `WSGI_WASM_LOG` filters them, as in
 /// `WSGI_WASM_LOG=debug` or `WSGI_WASM_LOG=warn,app=info`.
 fn start_logging() {
-    let filter = EnvFilter::try_from_env("WSGI_WASM_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_env("WSGI_WASM_LOG").unwrap_or_else(|_| EnvFilter::new("info,h2=error"));
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -9,9 +9,10 @@
 //! once; they are for requests that are soon done. A request that computes for
 //! longer, and each one of a tenant that is ahead, goes on in the background,
 //! on threads to which the kernel gives less, and which let others go first at
-//! each tick of the epoch. There it needs a [`Slot`] for each slice of time. There are as many slots as processors, and when more want
-//! one than there are, the tenant with the least virtual time goes first. So a
-//! tenant's share does not depend on how many requests it has open.
+//! each tick of the epoch. There it needs a [`Slot`] for each slice of time.
+//! There are as many slots as processors, and when more want one than there
+//! are, the tenant with the least virtual time goes first. So a tenant's share
+//! does not depend on how many requests it has open.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
@@ -375,9 +376,11 @@ impl Scheduler {
         self.is_busy
             .store(charged.saturating_mul(BUSY) >= passed.saturating_mul(self.slots), Ordering::Relaxed);
         let mut state = self.lock();
-        for (share, _) in &state.waiting {
+        state.waiting.retain(|(share, sender)| {
             share.seen_at.store(now, Ordering::Relaxed);
-        }
+            // Else its request is gone.
+            !sender.is_closed()
+        });
         state.active.retain(|share| {
             let stays = now.saturating_sub(share.seen_at.load(Ordering::Relaxed)) < LINGER;
             if !stays {
@@ -478,19 +481,23 @@ impl Turns {
     }
 }
 
-impl Turnstile for Turns {
-    fn poll_turn(&self, context: &mut Context<'_>, microseconds: u64) -> Poll<()> {
-        let mut standing = self.lock();
-        if standing.turn.is_none() {
-            if !self.share.is_ahead() {
-                return Poll::Ready(());
-            }
-            standing.turn = Some(self.share.turn());
-        }
+impl Turns {
+    /// Waits for the turn that the guest is in line for, if it is.
+    fn poll_line(standing: &mut Standing, context: &mut Context<'_>, microseconds: u64) -> Poll<()> {
         let Some(turn) = &mut standing.turn else { return Poll::Ready(()) };
         Pin::new(turn).poll(context).map(|slot| {
             *standing = Standing { turn: None, slot: Some(slot), until: microseconds + SLICE };
         })
+    }
+}
+
+impl Turnstile for Turns {
+    fn poll_turn(&self, context: &mut Context<'_>, microseconds: u64) -> Poll<()> {
+        let mut standing = self.lock();
+        if standing.turn.is_none() && self.share.is_ahead() {
+            standing.turn = Some(self.share.turn());
+        }
+        Turns::poll_line(&mut standing, context, microseconds)
     }
 
     fn computed(&self, microseconds: u64) {
@@ -499,6 +506,21 @@ impl Turnstile for Turns {
         let Some(slot) = self.lock().slot.take() else { return };
         drop(slot);
         let_others_go_first();
+    }
+}
+
+/// The turns of a guest that starts. That is short, and has little time: it waits
+/// only when it goes on for longer.
+#[derive(Debug)]
+pub struct Starting<'a>(pub &'a Turns);
+
+impl Turnstile for Starting<'_> {
+    fn poll_turn(&self, context: &mut Context<'_>, microseconds: u64) -> Poll<()> {
+        Turns::poll_line(&mut self.0.lock(), context, microseconds)
+    }
+
+    fn computed(&self, microseconds: u64) {
+        self.0.computed(microseconds);
     }
 }
 

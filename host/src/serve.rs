@@ -74,6 +74,9 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         // Not more than can run, so that they need not wait for each other.
         // What computes for long does so elsewhere: see `scheduler`.
         .worker_threads(processors().max(2))
+        // Polls between two looks at who has sent something: few, since a flood
+        // of others' requests makes each of them long.
+        .event_interval(8)
         .enable_all()
         .build()
         .context("failed to start the runtime")?;
