@@ -19,7 +19,7 @@ use tokio::task::JoinSet;
 
 use crate::clock::thread_time;
 use crate::footprint::Footprint;
-use crate::scheduler::{Scheduler, Share, processors};
+use crate::scheduler::{self, Scheduler, Share, processors};
 
 /// Iterations that one call to PBKDF2 may ask for, some seconds of one core.
 /// Django's and Werkzeug's default costs are a fifth of it.
@@ -278,6 +278,7 @@ where
             if Instant::now() >= until {
                 return None;
             }
+            scheduler::let_others_go_first();
         }
     }
 }

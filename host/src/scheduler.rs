@@ -526,7 +526,7 @@ impl Turnstile for Starting<'_> {
 
 /// Lets the kernel run what was woken. Else it first lets the slice of this
 /// thread end, and looks at that with its own tick only.
-fn let_others_go_first() {
+pub fn let_others_go_first() {
     std::thread::yield_now();
 }
 
