@@ -473,7 +473,7 @@ impl Running {
     /// long. It goes on there until it has sent more than was taken.
     fn go_on_in_background(&mut self) {
         let Some(call) = self.call.take() else { return };
-        let call = self.share.in_background(call);
+        let call = self.share.background().spawn(call);
         self.is_in_background = true;
         self.call = Some(Box::pin(async move {
             // It has panicked, or the server stops.
@@ -509,7 +509,7 @@ impl Running {
         let observer = self.observer.clone();
         // Without a runtime the process is ending.
         if tokio::runtime::Handle::try_current().is_ok() {
-            self.share.in_background(async move {
+            self.share.background().spawn(async move {
                 match call.await {
                     Ok(_) => observer.ended(Ok(())),
                     Err(Failure::App | Failure::ClientGone) => {}

@@ -168,7 +168,7 @@ pub async fn pbkdf2_hmac(
         loop {
             let slot = share.turn().await;
             let charged = Arc::clone(&share);
-            let slice = share.in_background_blocking(move || {
+            let slice = share.background().spawn_blocking(move || {
                 // Held by the work, not by the request: that may be gone before.
                 let _held = slot;
                 let start = thread_time();
@@ -192,7 +192,7 @@ pub async fn pbkdf2_hmac(
 /// not use it.
 async fn apart(share: &Share, derivation: impl Future<Output = Derived> + Send + 'static) -> Derived {
     let mut task = JoinSet::new();
-    share.in_background_within(&mut task, derivation);
+    task.spawn_on(derivation, &share.background());
     task.join_next().await.and_then(Result::ok).unwrap_or_else(|| Err(failed()))
 }
 
@@ -341,7 +341,7 @@ pub async fn scrypt(
             )));
         }
         let charged = (Arc::clone(&shares.0), shares.1);
-        let derived = shares.0.in_background_blocking(move || {
+        let derived = shares.0.background().spawn_blocking(move || {
             // Held by the work, not by the request: that may be gone before.
             let _held = (place, slot, held);
             let start = thread_time();

@@ -23,7 +23,6 @@ use std::time::{Duration, Instant};
 use rustix::process::nice;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
-use tokio::task::{JoinHandle, JoinSet};
 
 use crate::clock::Turnstile;
 
@@ -104,7 +103,6 @@ struct Budget {
     left: AtomicI64,
     /// Microseconds after `base` at which `left` was last filled up.
     filled_at: AtomicU64,
-    over: AtomicBool,
 }
 
 impl Share {
@@ -117,7 +115,6 @@ impl Share {
                 base: Instant::now(),
                 left: AtomicI64::new(per_minute),
                 filled_at: AtomicU64::new(0),
-                over: AtomicBool::new(false),
             }
         });
         Arc::new(Share {
@@ -139,7 +136,6 @@ impl Share {
             budget.fill();
             let spent = i64::try_from(microseconds).unwrap_or(i64::MAX);
             let left = budget.left.fetch_sub(spent, Ordering::Relaxed) - spent;
-            budget.over.store(left < 0, Ordering::Relaxed);
             if left < 0 {
                 scaled = scaled.saturating_mul(PENALTY);
             }
@@ -181,38 +177,10 @@ impl Share {
         Turn(Place::Waiting(receiver))
     }
 
-    /// Lets `work` of the tenant go on in the background.
-    pub fn in_background<T: Send + 'static>(
-        &self,
-        work: impl Future<Output = T> + Send + 'static,
-    ) -> JoinHandle<T> {
-        match &self.scheduler.background {
-            Some(background) => background.spawn(work),
-            None => tokio::spawn(work),
-        }
-    }
-
-    /// The same for work that ends with `tasks`.
-    pub fn in_background_within<T: Send + 'static>(
-        &self,
-        tasks: &mut JoinSet<T>,
-        work: impl Future<Output = T> + Send + 'static,
-    ) {
-        match &self.scheduler.background {
-            Some(background) => tasks.spawn_on(work, background),
-            None => tasks.spawn(work),
-        };
-    }
-
-    /// The same for work that blocks its thread.
-    pub fn in_background_blocking<T: Send + 'static>(
-        &self,
-        work: impl FnOnce() -> T + Send + 'static,
-    ) -> JoinHandle<T> {
-        match &self.scheduler.background {
-            Some(background) => background.spawn_blocking(work),
-            None => tokio::task::spawn_blocking(work),
-        }
+    /// The threads for the tenant's work in the background; without any, those of
+    /// the runtime that this is called in.
+    pub fn background(&self) -> Handle {
+        self.scheduler.background.clone().unwrap_or_else(Handle::current)
     }
 
     /// Counts the tenant among those that want to compute.
@@ -479,9 +447,7 @@ impl Turns {
     fn lock(&self) -> MutexGuard<'_, Standing> {
         self.standing.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
 
-impl Turns {
     /// Waits for the turn that the guest is in line for, if it is.
     fn poll_line(standing: &mut Standing, context: &mut Context<'_>, microseconds: u64) -> Poll<()> {
         let Some(turn) = &mut standing.turn else { return Poll::Ready(()) };

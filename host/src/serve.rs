@@ -104,8 +104,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         let work = Work { control: plan.control, watched: plan.watched, grace: args.grace.0 };
         serve(server, &addresses, inherited, work).await
     });
-    // Whatever is left had its grace.
-    // Its tasks use the timers and sockets of the other one.
+    // Whatever is left had its grace. The background first: its tasks use the
+    // timers and sockets of the other one.
     background.shutdown_timeout(Duration::from_millis(100));
     runtime.shutdown_timeout(Duration::from_millis(100));
     served
