@@ -10,7 +10,6 @@ use std::task::{Context, Poll};
 
 use tokio::task::JoinHandle;
 
-use crate::clock::thread_time;
 use crate::footprint::Footprint;
 
 /// Work that was begun. It is done to its end, whoever waits for it. Comes to
@@ -22,13 +21,9 @@ pub struct Work<T>(JoinHandle<Option<T>>);
 pub fn begin<T: Send + 'static>(footprint: &Footprint, work: impl FnOnce() -> T + Send + 'static) -> Work<T> {
     let places = Arc::clone(footprint.disk_places());
     let share = footprint.share().cloned();
-    let work = move || {
-        let before = thread_time();
-        let done = work();
-        if let Some(share) = share {
-            share.charge(thread_time().saturating_sub(before));
-        }
-        done
+    let work = move || match share {
+        Some(share) => share.charged(work).0,
+        None => work(),
     };
     Work(match Arc::clone(&places).try_acquire_owned() {
         // Held by the work, not by the request: that may be gone before.
@@ -59,6 +54,7 @@ impl<T> Future for Work<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::clock::thread_time;
     use crate::footprint::Together;
     use crate::scheduler::{Scheduler, Share};
     use std::sync::mpsc;

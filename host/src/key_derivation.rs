@@ -17,7 +17,6 @@ use pbkdf2::hmac::{EagerHash, Hmac};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
-use crate::clock::thread_time;
 use crate::footprint::Footprint;
 use crate::scheduler::{self, Scheduler, Share, processors};
 
@@ -171,9 +170,8 @@ pub async fn pbkdf2_hmac(
             let slice = share.background().spawn_blocking(move || {
                 // Held by the work, not by the request: that may be gone before.
                 let _held = slot;
-                let start = thread_time();
-                let key = work.go_on(Instant::now() + SLICE);
-                (work, key, charge(&charged, start))
+                let (key, time) = charged.charged(|| work.go_on(Instant::now() + SLICE));
+                (work, key, time)
             });
             let (key, time);
             (work, key, time) = slice.await.map_err(|_| failed())?;
@@ -340,17 +338,17 @@ pub async fn scrypt(
                 "scrypt with n={n}, r={r}, p={p} needs {memory} bytes, and the tenant holds as much memory as it may"
             )));
         }
-        let charged = (Arc::clone(&shares.0), shares.1);
-        let derived = shares.0.background().spawn_blocking(move || {
+        let background = shares.0.background();
+        let derived = background.spawn_blocking(move || {
             // Held by the work, not by the request: that may be gone before.
             let _held = (place, slot, held);
-            let start = thread_time();
-            let mut key = vec![0; length as usize];
-            // Fails only for a key length that was checked above.
-            let _ = scrypt::scrypt(&password, &salt, &parameters, &mut key);
-            let spent = charge(&charged.0, start);
-            charge(&charged.1, start);
-            (key, spent)
+            let derive = || {
+                let mut key = vec![0; length as usize];
+                // Fails only for a key length that was checked above.
+                let _ = scrypt::scrypt(&password, &salt, &parameters, &mut key);
+                key
+            };
+            shares.1.charged(|| shares.0.charged(derive)).0
         });
         derived.await.map_err(|_| failed())
     })
@@ -376,13 +374,6 @@ fn check_input(password: &[u8], salt: &[u8]) -> Result<(), Refusal> {
 
 fn failed() -> Refusal {
     Refusal::TooExpensive("the host could not run the derivation".into())
-}
-
-/// Charges a tenant for this thread's processor time since `start`, and returns that.
-fn charge(share: &Share, start: u64) -> Duration {
-    let spent = thread_time().saturating_sub(start);
-    share.charge(spent);
-    Duration::from_micros(spent)
 }
 
 #[cfg(test)]

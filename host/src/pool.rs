@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use wasmtime::PoolConcurrencyLimitError;
 
-use crate::clock::thread_time;
 use crate::failure::Failure;
 use crate::footprint::Together;
 use crate::instance::{self, Grants, Instance, Program, Streams, TenantFull};
@@ -474,10 +473,8 @@ impl Pool {
     /// Drops an instance, at its app's expense: that takes the host as long as
     /// it has memory to give back.
     fn discard(&self, live: Live) {
-        let start = thread_time();
-        drop(live);
+        self.grants.share.charged(|| drop(live));
         self.occupancy.freed.notify_one();
-        self.grants.share.charge(thread_time().saturating_sub(start));
     }
 
     /// Whether an instance may serve another request.

@@ -24,7 +24,7 @@ use rustix::process::nice;
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
 
-use crate::clock::Turnstile;
+use crate::clock::{Turnstile, thread_time};
 
 /// Virtual time for a microsecond of a tenant with weight 1.
 const SCALE: u64 = 1000;
@@ -149,6 +149,16 @@ impl Share {
             self.virtual_time.fetch_min(most, Ordering::Relaxed);
         }
         scheduler.survey(scheduler.now(), microseconds);
+    }
+
+    /// Does `work` on this thread and charges its processor time. Returns what
+    /// came of it, and that time.
+    pub fn charged<T>(&self, work: impl FnOnce() -> T) -> (T, Duration) {
+        let start = thread_time();
+        let done = work();
+        let spent = thread_time().saturating_sub(start);
+        self.charge(spent);
+        (done, Duration::from_micros(spent))
     }
 
     /// Whether the tenant has had more than its part while others want to compute.
