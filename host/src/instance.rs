@@ -341,7 +341,10 @@ struct Limits {
 
 /// The tenant holds as much memory as it may, and gets no further instance.
 #[derive(Clone, Copy, Debug)]
-pub struct TenantFull;
+pub struct TenantFull {
+    /// Bytes that the instance needs, as far as it has come.
+    pub needs: u64,
+}
 
 impl std::fmt::Display for TenantFull {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -360,7 +363,8 @@ impl ResourceLimiter for Limits {
         }
         if !self.held.grow(more as u64) {
             // A memory begins with its first growth.
-            return if current == 0 { Err(TenantFull.into()) } else { Ok(false) };
+            let full = TenantFull { needs: self.held.bytes().saturating_add(more as u64) };
+            return if current == 0 { Err(full.into()) } else { Ok(false) };
         }
         self.memory_used = used;
         Ok(true)

@@ -14,7 +14,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use wasmtime::PoolConcurrencyLimitError;
 
 use crate::failure::Failure;
-use crate::footprint::Together;
+use crate::footprint::{self, Together};
 use crate::instance::{self, Grants, Instance, Program, Streams, TenantFull};
 
 /// How far instances are shared.
@@ -158,8 +158,15 @@ struct Live {
 }
 
 /// There is no room for an instance, or no memory: all are at work.
-#[derive(Debug)]
-struct ServerFull;
+#[derive(Clone, Copy, Debug)]
+enum ServerFull {
+    /// No place among the instances.
+    Room,
+    /// The engine, though it should have had a place.
+    Engine,
+    /// So many bytes of memory are needed, or more.
+    Memory(u64),
+}
 
 impl std::fmt::Display for ServerFull {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -169,8 +176,10 @@ impl std::fmt::Display for ServerFull {
 
 impl std::error::Error for ServerFull {}
 
-fn is_full(error: &wasmtime::Error) -> bool {
-    error.is::<ServerFull>() || error.is::<PoolConcurrencyLimitError>()
+/// What there is none of, if that is why there is no instance.
+fn full(error: &wasmtime::Error) -> Option<ServerFull> {
+    let engine = error.is::<PoolConcurrencyLimitError>().then_some(ServerFull::Engine);
+    error.downcast_ref::<ServerFull>().copied().or(engine)
 }
 
 /// Counts one who waits, until dropped.
@@ -189,6 +198,20 @@ impl Drop for Waiting<'_> {
     }
 }
 
+/// A request's place in the line for memory.
+struct InLine<'a> {
+    place: footprint::Place,
+    pool: &'a Pool,
+}
+
+impl Drop for InLine<'_> {
+    fn drop(&mut self) {
+        // It may be that another one here has to line up now.
+        self.pool.is_in_line.swap(false, Ordering::AcqRel);
+        self.pool.occupancy.freed.notify_one();
+    }
+}
+
 /// The instances of one app.
 pub struct Pool {
     pools: Arc<Pools>,
@@ -202,6 +225,8 @@ pub struct Pool {
     /// Told when no request is in work any more.
     done: Notify,
     waiting: AtomicUsize,
+    /// Whether one of those who wait is in the line for memory.
+    is_in_line: AtomicBool,
     occupancy: Arc<Occupancy>,
     /// Instances at rest. With [`Isolation::Request`] they are unused ones,
     /// prepared so that no request pays for the start of an instance. Each with
@@ -223,6 +248,7 @@ impl Pool {
             settings,
             done: Notify::new(),
             waiting: AtomicUsize::new(0),
+            is_in_line: AtomicBool::new(false),
             occupancy: Arc::default(),
             idle: Mutex::default(),
             preparing: AtomicUsize::new(0),
@@ -269,7 +295,7 @@ impl Pool {
         let live = match resting {
             Some(live) => live,
             None => match self.start().await {
-                Err(error) if is_full(&error) => self.wait_for_room(end).await,
+                Err(error) if full(&error).is_some() => self.wait_for_room(end).await,
                 started => started,
             }
             .map_err(|error| self.no_instance(&error))?,
@@ -287,13 +313,12 @@ impl Pool {
         Ok(waiting)
     }
 
-    /// Waits until an instance of this pool comes to rest, or there is room
-    /// for one more.
+    /// Waits until an instance of this pool comes to rest, or there is room and
+    /// memory for one more.
     async fn wait_for_room(&self, end: tokio::time::Instant) -> wasmtime::Result<Live> {
-        let Ok(_waiting) = self.queue() else { return Err(ServerFull.into()) };
+        let Ok(_waiting) = self.queue() else { return Err(ServerFull::Room.into()) };
         let _wanted = Waiting::new(&self.pools.wanted);
-        // Then it is of no use that there is room for another.
-        let mut is_short_of_memory = false;
+        let (mut in_line, mut least) = (None, 0);
         loop {
             let mut freed = pin!(self.occupancy.freed.notified());
             freed.as_mut().enable();
@@ -301,27 +326,51 @@ impl Pool {
             if let Some(live) = resting {
                 return Ok(live);
             }
-            match self.start().await {
-                Err(error) if is_full(&error) => {}
+            let mut reason = match self.start().await {
+                Err(error) => full(&error).ok_or(error)?,
                 started => return started,
+            };
+            if let ServerFull::Memory(bytes) = &mut reason {
+                *bytes = least.max(*bytes);
+                in_line = in_line.or_else(|| self.line_up());
+            } else {
+                in_line = None;
             }
-            if is_short_of_memory && self.occupancy.instances.load(Ordering::Relaxed) == 0 {
-                // Nothing here will ever be freed.
-                return Err(ServerFull.into());
-            }
+            let memory = async {
+                match (&in_line, reason) {
+                    (Some(line), ServerFull::Memory(bytes)) => {
+                        let is_first = self.occupancy.instances.load(Ordering::Relaxed) == 0;
+                        line.place.turn(bytes, is_first).await;
+                        // If that does not do, it is not asked for again.
+                        least = bytes.saturating_add(footprint::INSTANCE);
+                    }
+                    // Another one of this pool is in line. Who leaves it says so.
+                    _ => std::future::pending().await,
+                }
+            };
             tokio::select! {
                 () = freed => {}
-                permit = Arc::clone(&self.pools.room).acquire_owned(), if !is_short_of_memory => {
+                () = memory => {}
+                permit = Arc::clone(&self.pools.room).acquire_owned(), if matches!(reason, ServerFull::Room) => {
                     // The semaphore is never closed.
-                    let room = Room::new(permit.map_err(|_| ServerFull)?, &self.occupancy);
+                    let room = Room::new(permit.map_err(|_| reason)?, &self.occupancy);
                     match self.start_in(room).await {
-                        Err(error) if is_full(&error) => is_short_of_memory = true,
+                        Err(error) if full(&error).is_some() => {}
                         started => return started,
                     }
                 }
-                () = tokio::time::sleep_until(end) => return Err(ServerFull.into()),
+                () = tokio::time::sleep_until(end) => return Err(reason.into()),
             }
         }
+    }
+
+    /// Lines up for memory, if no other request of this pool has. Few requests
+    /// are in line, then, and nobody's many are before another's one.
+    fn line_up(&self) -> Option<InLine<'_>> {
+        // The one who was in line says that it is over to those who wait for
+        // `freed` by then, as whoever comes here does.
+        let is_taken = self.is_in_line.swap(true, Ordering::AcqRel);
+        (!is_taken).then(|| InLine { place: self.grants.footprint.line_up(), pool: self })
     }
 
     /// Logs why there is no instance for a request, and says what that means
@@ -331,8 +380,8 @@ impl Pool {
             return Failure::MemoryExhausted;
         }
         let app = &self.grants.name;
-        if is_full(error) {
-            tracing::warn!(%app, "{ServerFull}");
+        if let Some(full) = full(error) {
+            tracing::warn!(%app, "{full}");
             return Failure::Overloaded;
         }
         let (reason, _) = instance::explain(error);
@@ -381,17 +430,26 @@ impl Pool {
     }
 
     async fn start(&self) -> wasmtime::Result<Live> {
-        let room = self.pools.room_for(&self.occupancy).ok_or(ServerFull)?;
+        let room = self.pools.room_for(&self.occupancy).ok_or(ServerFull::Room)?;
         self.start_in(room).await
     }
 
     async fn start_in(&self, room: Room) -> wasmtime::Result<Live> {
+        // Those without an instance go first. This one's room is counted already.
+        if self.pools.memory.is_owed() && self.occupancy.instances.load(Ordering::Relaxed) > 1 {
+            return Err(ServerFull::Memory(0).into());
+        }
         let instance = match Instance::new(&self.program, &self.grants, Streams::Log).await {
-            // It has not had its own fill: the others have.
-            Err(error) if error.is::<TenantFull>() && self.grants.footprint.is_short_together() => {
-                return Err(ServerFull.into());
+            Err(error) => {
+                return Err(match error.downcast_ref::<TenantFull>() {
+                    // It has not had its own fill: the others have.
+                    Some(full) if self.grants.footprint.has_room(full.needs) => {
+                        ServerFull::Memory(full.needs).into()
+                    }
+                    _ => error,
+                });
             }
-            instance => instance?,
+            Ok(instance) => instance,
         };
         // Instances that were started together should not end together.
         let max = self.settings.max_requests;
@@ -454,10 +512,12 @@ impl Pool {
 
     fn rest(&self, live: Live) {
         let mut idle = self.idle();
-        // Others wait for room, and nobody here for an instance.
+        // Others wait for room, and nobody here for an instance; or one who has
+        // none waits for memory, and here are several.
         let is_needed_elsewhere = self.pools.wanted.load(Ordering::Relaxed) > 0
-            && self.waiting.load(Ordering::Relaxed) == 0
-            && idle.len() >= self.settings.spare;
+            && ((self.waiting.load(Ordering::Relaxed) == 0 && idle.len() >= self.settings.spare)
+                || (self.pools.memory.is_owed()
+                    && self.occupancy.instances.load(Ordering::Relaxed) > self.settings.spare.max(1)));
         // Looked at under the lock, for `retire` empties the list under it.
         let may_rest = idle.len() < self.settings.instances && !self.is_retired.load(Ordering::Relaxed);
         if may_rest && !is_needed_elsewhere {

@@ -42,13 +42,6 @@ impl Arena {
     /// demands that each answer is right.
     #[track_caller]
     fn during<T>(&self, attack: impl FnOnce() -> T) -> T {
-        /// Also when the attack fails.
-        struct Over<'a>(&'a AtomicBool);
-        impl Drop for Over<'_> {
-            fn drop(&mut self) {
-                self.0.store(true, Ordering::Relaxed);
-            }
-        }
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
             let victim = scope.spawn(|| {
@@ -165,6 +158,15 @@ impl Arena {
     fn finish(self) -> String {
         assert_eq!(self.get("victim", "/hello").ok(), "Hello, world!\n");
         self.server.finish()
+    }
+}
+
+/// Ends what others do meanwhile, also when the test fails.
+struct Over<'a>(&'a AtomicBool);
+
+impl Drop for Over<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
     }
 }
 
@@ -840,6 +842,64 @@ fn all_tenants_together_hold_no_more_memory_than_the_server_has() {
     assert_eq!(arena.status("hostile")["state"], "serving");
     drop(busy);
     arena.ctl(&["drain", "hostile"]).success();
+    arena.finish();
+}
+
+#[test]
+fn memory_that_is_given_back_goes_to_those_who_wait() {
+    let attackers = [
+        ("puppet", "limits = { memory = \"64MiB\" }"),
+        ("hostile", "limits = { memory = \"64MiB\", queue_wait = \"300ms\" }"),
+    ];
+    let settings = "memory = \"64MiB\"\n[defaults]\nlimits = { memory = \"64MiB\", queue_wait = \"60s\" }";
+    let arena = Arena::start_with(settings, &attackers);
+    // It has most of what all may have, for as long as its client likes.
+    let hold = Script::new().grow_memory(820).start(HEAD).write_raw(0, 1 << 20).times(1000).answer("");
+    let mut holding = arena.server.connect();
+    send(&mut holding, "puppet", "POST", "/", &hold);
+    assert_eq!(holding.read_head().status, 200);
+    let mut waiting: Vec<_> = (0..3).map(|_| arena.server.connect()).collect();
+    for connection in &mut waiting {
+        send(connection, "victim", "GET", "/hello", b"");
+    }
+    // Another one does not wait for so long.
+    let asked = Instant::now();
+    let refused = arena.get("hostile", "/hello");
+    assert_eq!((refused.status, refused.header("retry-after")), (503, Some("1")));
+    assert!(asked.elapsed() >= Duration::from_millis(300), "{:?}", asked.elapsed());
+    arena.wait_until("they do not wait", || arena.status("victim")["in_work"] == 3);
+    assert!(arena.held("victim") < MIB, "{}", arena.held("victim"));
+    drop(holding);
+    for connection in &mut waiting {
+        assert_eq!(connection.read_response("GET").ok(), "Hello, world!\n");
+    }
+    arena.finish();
+}
+
+#[test]
+fn who_has_several_instances_gives_one_up_for_those_who_have_none() {
+    let settings = "memory = \"96MiB\"\n[defaults]\nlimits = { memory = \"64MiB\", queue_wait = \"60s\" }";
+    let arena = Arena::start_with(settings, &[("puppet", "instances = { max = 4 }")]);
+    let grow = Script::new().grow_memory(310).timer(500_000_000).wait().answer(OK);
+    let mut growing: Vec<_> = (0..4).map(|_| arena.server.connect()).collect();
+    growing.iter_mut().for_each(|connection| send(connection, "puppet", "POST", "/", &grow));
+    growing.iter_mut().for_each(|connection| drop(connection.read_response("POST").ok()));
+    assert!(arena.held("puppet") > 77 * MIB, "{}", arena.held("puppet"));
+    let is_over = AtomicBool::new(false);
+    let short = Script::new().timer(20_000_000).wait().answer(OK);
+    std::thread::scope(|scope| {
+        for _ in 0..24 {
+            scope.spawn(|| {
+                let mut connection = arena.server.connect();
+                while !is_over.load(Ordering::Relaxed) {
+                    assert_eq!(ask(&mut connection, "puppet", "POST", "/", &short).status, 200);
+                }
+            });
+        }
+        let _over = Over(&is_over);
+        arena.wait_until("nobody waits", || arena.status("puppet")["in_work"] == 4);
+        assert_eq!(arena.get("victim", "/hello").ok(), "Hello, world!\n");
+    });
     arena.finish();
 }
 
