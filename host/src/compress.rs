@@ -274,8 +274,7 @@ mod tests {
     }
 
     fn response(status: u16, headers: &[(&'static str, &'static str)]) -> Response<Kind> {
-        let body =
-            crate::handler::ResponseBody::Complete { rest: Bytes::from(vec![b'a'; 1000]), _held: None };
+        let body = crate::handler::ResponseBody::Complete { rest: Bytes::from(vec![b'a'; 1000]), held: None };
         let mut response = Response::builder().status(status);
         for (name, value) in headers {
             response = response.header(*name, *value);

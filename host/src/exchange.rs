@@ -39,6 +39,8 @@ pub struct Head {
     pub headers: HeaderMap,
     /// What it costs to keep, and the response around it.
     pub cost: u64,
+    /// That, as a part of all that the tenant holds.
+    pub held: Option<Held>,
 }
 
 impl Head {
@@ -53,7 +55,7 @@ impl Head {
 pub enum Event {
     /// Status and headers; comes first.
     Head(Head),
-    /// A whole response.
+    /// A whole response. Its bytes are held.
     Whole(Head, Bytes),
     /// A whole response: a head, and the part of a file that is its body.
     File(Head, FilePart),
@@ -256,8 +258,8 @@ enum Phase {
     Started,
     /// The body is complete.
     Finished,
-    /// The guest broke a rule.
-    Broken(&'static str),
+    /// The guest broke a rule, or there is no memory for what it sent.
+    Broken(Failure),
 }
 
 /// Both streams of the request that a guest works on.
@@ -288,8 +290,8 @@ pub struct Exchange {
 pub enum SendError {
     /// The client is gone or too slow.
     ClientGone,
-    /// The guest broke this rule.
-    Refused(&'static str),
+    /// The guest broke a rule, or the tenant may hold no more.
+    Refused,
 }
 
 impl Exchange {
@@ -357,18 +359,30 @@ impl Exchange {
     }
 
     /// Takes a whole response apart: its head, and the body that may follow it.
+    /// Both are held from now on, wherever they wait: it may be that the client
+    /// takes them late, or never.
     ///
     /// # Errors
     ///
-    /// The rule that it breaks.
-    pub fn whole(&self, response: Vec<u8>) -> Result<(Head, Bytes), &'static str> {
-        let (head, body) = parse_head(&response)?;
+    /// The rule that it breaks, or that the tenant may hold no more.
+    pub fn whole(&self, response: Vec<u8>) -> Result<(Head, Bytes), Failure> {
+        let (head, body) = parse_head(&response).map_err(Failure::BadResponse)?;
         let start = response.len() - body.len();
-        let body = check_body(&head, &self.method, Bytes::from(response).slice(start..))?;
+        let body = check_body(&head, &self.method, Bytes::from(response).slice(start..));
+        let body = body.map_err(Failure::BadResponse)?;
         if body.len() as u64 > self.allowed {
-            return Err("its body is larger than the limit");
+            return Err(Failure::BadResponse("its body is larger than the limit"));
         }
-        Ok((head, body))
+        if body.is_empty() {
+            return Ok((self.hold(head), body));
+        }
+        let held = self.footprint.try_hold(body.len() as u64).ok_or(Failure::MemoryExhausted)?;
+        Ok((self.hold(head), held.tie(body)))
+    }
+
+    /// Counts a head from now on.
+    fn hold(&self, head: Head) -> Head {
+        Head { held: Some(self.footprint.hold(head.cost)), ..head }
     }
 
     /// The guest sends its whole response.
@@ -385,7 +399,7 @@ impl Exchange {
                 self.phase = Phase::Finished;
                 self.send(Event::Whole(head, body)).await
             }
-            Err(rule) => Err(self.refuse(rule)),
+            Err(failure) => Err(self.fail(failure)),
         }
     }
 
@@ -405,7 +419,7 @@ impl Exchange {
             }
             Ok((head, [])) if head.content_length().is_none_or(|length| length == part.left()) => {
                 self.phase = Phase::Finished;
-                self.send(Event::File(head, part)).await
+                self.send(Event::File(self.hold(head), part)).await
             }
             Ok((_, [])) => Err(self.refuse("the body is not as long as Content-Length says")),
             Ok(_) => Err(self.refuse("bytes follow the head of a response")),
@@ -431,7 +445,7 @@ impl Exchange {
                 }
                 self.end = Instant::now().checked_add(self.time);
                 self.announced = head.content_length();
-                self.send(Event::Head(head)).await
+                self.send(Event::Head(self.hold(head))).await
             }
             Ok(_) => Err(self.refuse("bytes follow the head of a response")),
             Err(rule) => Err(self.refuse(rule)),
@@ -489,7 +503,7 @@ impl Exchange {
     pub fn conclude(self) -> Result<(), Failure> {
         match self.phase {
             Phase::Finished => Ok(()),
-            Phase::Broken(rule) => Err(Failure::BadResponse(rule)),
+            Phase::Broken(failure) => Err(failure),
             Phase::Waiting | Phase::Started => Err(self.body.failure().unwrap_or(Failure::App)),
         }
     }
@@ -515,11 +529,15 @@ impl Exchange {
     }
 
     fn refuse(&mut self, rule: &'static str) -> SendError {
+        self.fail(Failure::BadResponse(rule))
+    }
+
+    fn fail(&mut self, failure: Failure) -> SendError {
         // What a guest does after its first mistake is no news.
         if !matches!(self.phase, Phase::Broken(_)) {
-            self.phase = Phase::Broken(rule);
+            self.phase = Phase::Broken(failure);
         }
-        SendError::Refused(rule)
+        SendError::Refused
     }
 }
 
@@ -577,7 +595,7 @@ pub fn parse_head(response: &[u8]) -> Result<(Head, &[u8]), &'static str> {
     }
     let bytes = (response.len() - lines.rest.len()) as u64;
     let cost = bytes + headers.len() as u64 * FIELD + footprint::MESSAGE;
-    Ok((Head { status, reason, headers, cost }, lines.rest))
+    Ok((Head { status, reason, headers, cost, held: None }, lines.rest))
 }
 
 /// The lines of a head.
@@ -672,6 +690,44 @@ mod tests {
         assert_eq!(head.headers.get_all("set-cookie").iter().count(), 2);
         assert_eq!(head.headers["x-l"].as_bytes(), b"caf\xe9");
         assert_eq!(body, b"\r\nbody");
+    }
+
+    #[tokio::test]
+    async fn a_response_counts_from_when_the_guest_has_sent_it() {
+        let limits = RequestLimits {
+            body: 0,
+            response: 1 << 30,
+            response_time: Duration::MAX,
+            timeout: Duration::MAX,
+            cpu: None,
+            client_idle: Duration::MAX,
+            rate: 0,
+        };
+        let footprint = Footprint::new(Some(200_000));
+        let (sender, mut events) = mpsc::channel(1);
+        let exchange =
+            || Exchange::new(RequestBody::empty(), sender.clone(), Method::GET, &limits, &footprint);
+        let response = [b"Status: 200 OK\r\n\r\n".to_vec(), vec![b'x'; 100_000]].concat();
+        let mut first = exchange();
+        first.send_whole(response.clone()).await.unwrap();
+        // Nobody has taken it out of the channel.
+        let held = footprint.held();
+        assert!((100_000 + footprint::MESSAGE..110_000).contains(&held), "{held}");
+        // What is returned counts, too, and there is no room for a second one.
+        assert_eq!(exchange().whole(response.clone()).unwrap_err(), Failure::MemoryExhausted);
+        let mut second = exchange();
+        assert_eq!(second.send_whole(response).await, Err(SendError::Refused));
+        assert_eq!(second.conclude(), Err(Failure::MemoryExhausted));
+        assert_eq!(footprint.held(), held);
+        let Some(Event::Whole(head, body)) = events.recv().await else { panic!("no response") };
+        assert_eq!(footprint.held(), held, "counted once");
+        drop((head, body, first));
+        assert_eq!(footprint.held(), 0);
+        let mut streamed = exchange();
+        streamed.start(b"Status: 200 OK\r\n\r\n").await.unwrap();
+        assert!(footprint.held() > footprint::MESSAGE);
+        drop(events);
+        assert_eq!(footprint.held(), 0);
     }
 
     #[test]

@@ -172,23 +172,21 @@ async fn respond(
     let input = Input { environ, inline, held, body, hints: hints.cloned() };
     let mut running = run(app, observer.clone(), input, progress).await?;
     match poll_fn(|context| running.poll_first(context)).await? {
-        First::Complete(head, body, outcome) => {
-            // It may be that the client takes it late, or never.
-            let held = app.footprint.try_hold(body.len() as u64).ok_or(Failure::MemoryExhausted)?;
+        First::Complete(mut head, rest, outcome) => {
             if let Some(outcome) = outcome {
                 observer.ended(outcome);
             }
             // Whatever the guest still does, the client does not wait for it.
             running.detach();
-            let (rest, held) = (held.tie(body), app.footprint.hold(head.cost));
-            Ok(head.into_response(ResponseBody::Complete { rest, _held: Some(held) }))
+            let held = head.held.take();
+            Ok(head.into_response(ResponseBody::Complete { rest, held }))
         }
-        First::Streaming(head) => {
-            running.hold(&app.footprint, &head);
+        First::Streaming(mut head) => {
+            running.head = head.held.take();
             Ok(head.into_response(ResponseBody::Streaming(running)))
         }
-        First::File(head, part) => {
-            running.hold(&app.footprint, &head);
+        First::File(mut head, part) => {
+            running.head = head.held.take();
             observer.ended(Ok(()));
             // The guest has no part in it any more; its instance comes free.
             running.detach();
@@ -268,7 +266,7 @@ async fn run(
         observer,
         left: None,
         failed: None,
-        _head: None,
+        head: None,
     };
     if app.share.is_ahead() {
         running.go_on_in_background();
@@ -345,8 +343,8 @@ pub struct Running {
     /// Why the response can not be completed, and whether hyper has had its
     /// chance to send what came before.
     failed: Option<(Failure, bool)>,
-    /// What its head costs.
-    _head: Option<Held>,
+    /// What its head costs, for as long as there is more of the response.
+    head: Option<Held>,
 }
 
 /// What a guest comes up with first.
@@ -485,11 +483,6 @@ impl Running {
 }
 
 impl Running {
-    /// Counts the response's head for as long as there is more of the response.
-    fn hold(&mut self, footprint: &Arc<Footprint>, head: &Head) {
-        self._head = Some(footprint.hold(head.cost));
-    }
-
     /// Gives the guest the time back in which it was not run.
     fn resume(&mut self) {
         if let Some(handed_at) = self.handed_at.take()
@@ -534,7 +527,7 @@ pub enum ResponseBody {
         rest: Bytes,
         /// What its head costs; `rest` counts by itself, also what hyper has
         /// taken and the client has not.
-        _held: Option<Held>,
+        held: Option<Held>,
     },
     /// What the guest still works on.
     Streaming(Running),
@@ -611,7 +604,7 @@ pub fn refusal(failure: Failure, id: RequestId) -> Response<ResponseBody> {
     let status = failure.status();
     let reason = status.canonical_reason().unwrap_or("Error");
     let text = format!("{} {reason}\nrequest {id}\n", status.as_u16());
-    let mut response = Response::new(ResponseBody::Complete { rest: text.into(), _held: None });
+    let mut response = Response::new(ResponseBody::Complete { rest: text.into(), held: None });
     *response.status_mut() = status;
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));

@@ -246,7 +246,7 @@ impl Instance {
         if exchange.has_started() {
             return Err(Failure::BadResponse("a response was both streamed and returned"));
         }
-        let (head, body) = exchange.whole(returned).map_err(Failure::BadResponse)?;
+        let (head, body) = exchange.whole(returned)?;
         Ok(Reply::Complete(head, body))
     }
 
@@ -481,7 +481,7 @@ impl response::Host for HostState {
 fn sent(result: Result<(), SendError>) -> Result<(), response::WriteError> {
     result.map_err(|error| match error {
         SendError::ClientGone => response::WriteError::ClientGone,
-        SendError::Refused(_) => response::WriteError::Refused,
+        SendError::Refused => response::WriteError::Refused,
     })
 }
 
