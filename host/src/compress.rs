@@ -217,6 +217,11 @@ impl Encoder {
 }
 
 impl Compressed {
+    /// What is compressed.
+    pub fn body(&mut self) -> &mut Kind {
+        &mut self.body
+    }
+
     /// The next piece.
     pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Failure>>> {
         const BROKEN: Failure = Failure::BadResponse("the body could not be compressed");

@@ -167,6 +167,13 @@ impl Held {
         self.grow_within(bytes, self.footprint.instances_limit())
     }
 
+    /// Takes all but `left` bytes out of it.
+    pub fn split_off(&mut self, left: u64) -> Held {
+        let bytes = self.bytes.saturating_sub(left);
+        self.bytes -= bytes;
+        Held { footprint: Arc::clone(&self.footprint), bytes }
+    }
+
     /// Ties this to `bytes`: they are held until the last part of them is gone,
     /// whoever has it.
     pub fn tie(self, bytes: impl AsRef<[u8]> + Send + 'static) -> Bytes {

@@ -23,6 +23,7 @@ use crate::compress::{self, Compressed};
 use crate::connection::{Active, Link, Server};
 use crate::exchange::has_no_body;
 use crate::failure::Failure;
+use crate::footprint::{self, Held};
 use crate::forwarded::Proxies;
 use crate::handler::{self, Progress, ResponseBody};
 use crate::request_id::RequestId;
@@ -91,6 +92,7 @@ pub async fn answer(
     if link.is_h2 {
         // It has no such header (RFC 9113 section 8.2.2).
         response.headers_mut().remove(header::CONNECTION);
+        hold_head(&mut response);
     } else if number >= link.limit || must_close(&link, &parts, &response) {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         // Else hyper says `keep-alive` too, to an HTTP/1.0 client that has asked for it.
@@ -102,6 +104,30 @@ pub async fn answer(
     }
     let stall = link.is_h2.then(Stall::current).flatten();
     Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), record, active }))
+}
+
+/// Ties what the head of an HTTP/2 response costs to the head itself: one of its
+/// values has it, in the same bytes.
+///
+/// h2 keeps heads that the client does not take, up to one for each stream that the
+/// client may have, while hyper drops the body as soon as h2 has all of it. That
+/// is at once if the body is short, or there is none. A value is gone when h2 has
+/// made a frame of its head, and of such frames a connection keeps one.
+fn hold_head(response: &mut Response<Kind>) {
+    let left = if response.body().is_end() { 0 } else { footprint::MESSAGE };
+    let Some(held) = response.body_mut().head().map(|held| held.split_off(left)) else { return };
+    let headers = response.headers_mut();
+    let is_announced = headers.contains_key(header::CONTENT_LENGTH);
+    let value =
+        if is_announced { headers.get_mut(header::CONTENT_LENGTH) } else { headers.values_mut().next() };
+    // Without fields it costs next to nothing.
+    let Some(value) = value else { return };
+    if let Ok(mut tied) = HeaderValue::from_maybe_shared(held.tie(value.clone())) {
+        // Or h2 keeps the value in its table, to name it again by a number. It
+        // never does so with lengths.
+        tied.set_sensitive(!is_announced);
+        *value = tied;
+    }
 }
 
 /// Whether the connection ends after this response: hyper closes it if the
@@ -180,6 +206,14 @@ impl Kind {
         match self {
             Kind::App(body) => Pin::new(body).poll_frame(context),
             Kind::Compressed(body) => body.poll_piece(context),
+        }
+    }
+
+    /// What the head costs, if it is an app's, and the response around it.
+    pub fn head(&mut self) -> Option<&mut Held> {
+        match self {
+            Kind::App(body) => body.head(),
+            Kind::Compressed(compressed) => compressed.body().head(),
         }
     }
 

@@ -537,6 +537,17 @@ pub enum ResponseBody {
     Static(FileBody),
 }
 
+impl ResponseBody {
+    /// What the head costs, if it is an app's, and the response around it.
+    pub fn head(&mut self) -> Option<&mut Held> {
+        match self {
+            ResponseBody::Complete { held, .. } => held.as_mut(),
+            ResponseBody::Streaming(running) | ResponseBody::File(_, running) => running.head.as_mut(),
+            ResponseBody::Static(_) => None,
+        }
+    }
+}
+
 impl Body for ResponseBody {
     type Data = Bytes;
     type Error = Failure;

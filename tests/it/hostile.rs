@@ -963,6 +963,39 @@ fn whole_responses_that_nobody_takes_are_bounded() {
 }
 
 #[test]
+fn heads_that_nobody_takes_are_counted() {
+    let arena = Arena::start(&[("hostile", "instances = { max = 1 }")]);
+    arena.get("hostile", "/hello").ok();
+    let before = arena.held("hostile");
+    // Bodies of four bytes, or of none.
+    for method in ["GET", "HEAD"] {
+        // A client that asks a hundred times and reads no byte. By hand (RFC 9113
+        // section 4.1, RFC 7541 section 6), for a library reads whatever comes.
+        let field = |name: u8, value: &str| [&[name, value.len() as u8], value.as_bytes()].concat();
+        let head =
+            [field(2, method), vec![0x86], field(4, "/long-header?110000"), field(1, "hostile")].concat();
+        let mut sent = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0".to_vec();
+        for stream in (1..200u32).step_by(2) {
+            sent.extend_from_slice(&[0, 0, head.len() as u8, 1, 5]);
+            sent.extend_from_slice(&stream.to_be_bytes());
+            sent.extend_from_slice(&head);
+        }
+        let answered = arena.status("hostile")["requests"].as_u64().unwrap();
+        let mut connection = arena.server.connect();
+        connection.send(sent);
+        arena.wait_until("they are not counted", || {
+            let status = arena.status("hostile");
+            status["requests"].as_u64().unwrap() == answered + 100
+                && status["in_work"] == 0
+                && status["memory"].as_u64().unwrap() > before + 2 * MIB
+        });
+        drop(connection);
+        arena.wait_until("they are still counted", || arena.held("hostile") < before + MIB);
+    }
+    arena.finish();
+}
+
+#[test]
 fn requests_that_wait_are_counted() {
     let limits = "limits = { queue = 100, queue_wait = \"60s\" }\ninstances = { max = 1 }";
     let arena = Arena::start(&[("hostile", limits)]);
