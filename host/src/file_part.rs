@@ -76,6 +76,11 @@ impl FilePart {
         Some(FilePart { file: Arc::new(file), offset, left: length, reading: None })
     }
 
+    /// What its tenant holds.
+    pub fn footprint(&self) -> &Arc<Footprint> {
+        &self.file.footprint
+    }
+
     /// How many bytes are still to come.
     pub fn left(&self) -> u64 {
         self.left

@@ -4,7 +4,7 @@
 //! In the number are the linear memories and tables of its instances, the
 //! files in their `/tmp`, and what the host itself holds for them: an
 //! instance's own state, heads and bodies of requests and responses on their
-//! way, blocks of files. Linear memory counts in full, though pages that an
+//! way, what compresses them, blocks of files. Linear memory counts in full, though pages that an
 //! instance has not written to are shared with others.
 //!
 //! Instances may have no more than seven eighths of the limit. So those that
@@ -155,6 +155,11 @@ impl Held {
             None => self.footprint.take(self.bytes - bytes),
         }
         self.bytes = bytes;
+    }
+
+    /// What this is a part of.
+    pub fn footprint(&self) -> &Arc<Footprint> {
+        &self.footprint
     }
 
     /// Bytes that are held by this.

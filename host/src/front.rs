@@ -23,7 +23,7 @@ use crate::compress::{self, Compressed};
 use crate::connection::{Active, Link, Server};
 use crate::exchange::has_no_body;
 use crate::failure::Failure;
-use crate::footprint::{self, Held};
+use crate::footprint::{self, Footprint, Held};
 use crate::forwarded::Proxies;
 use crate::handler::{self, Progress, ResponseBody};
 use crate::request_id::RequestId;
@@ -214,6 +214,14 @@ impl Kind {
         match self {
             Kind::App(body) => body.head(),
             Kind::Compressed(compressed) => compressed.body().head(),
+        }
+    }
+
+    /// What the tenant holds whose response it is, if it is not our own.
+    pub fn footprint(&self) -> Option<&Arc<Footprint>> {
+        match self {
+            Kind::App(body) => body.footprint(),
+            Kind::Compressed(_) => None,
         }
     }
 

@@ -546,6 +546,17 @@ impl ResponseBody {
             ResponseBody::Static(_) => None,
         }
     }
+
+    /// What the tenant holds whose response it is, if it is not our own.
+    pub fn footprint(&self) -> Option<&Arc<Footprint>> {
+        match self {
+            ResponseBody::Complete { held, .. } => held.as_ref().map(Held::footprint),
+            ResponseBody::Streaming(running) | ResponseBody::File(_, running) => {
+                running.head.as_ref().map(Held::footprint)
+            }
+            ResponseBody::Static(file) => Some(file.footprint()),
+        }
+    }
 }
 
 impl Body for ResponseBody {

@@ -289,7 +289,7 @@ fn represent(
         UNIX_EPOCH + Duration::from_secs(since.as_secs())
     });
 
-    let mut response = Response::new(FileBody::Whole(Bytes::new()));
+    let mut response = Response::new(FileBody::Whole(Bytes::new(), Arc::clone(footprint)));
     let fields = response.headers_mut();
     insert(fields, header::ETAG, &tag);
     if let Some(modified) = modified {
@@ -415,8 +415,8 @@ fn content_type(path: &Path) -> String {
 
 /// The bytes of a file, or of a part of it.
 pub enum FileBody {
-    /// All of them, until they are taken.
-    Whole(Bytes),
+    /// All of them, until they are taken, and what their tenant holds.
+    Whole(Bytes, Arc<Footprint>),
     /// What is still to be read.
     Rest(FilePart),
 }
@@ -427,7 +427,7 @@ impl FileBody {
             let held = footprint.try_hold(length).ok_or(io::ErrorKind::ResourceBusy)?;
             let mut whole = vec![0; usize::try_from(length).unwrap_or_default()];
             opened.file.read_exact_at(&mut whole, opened.start + first)?;
-            return Ok(FileBody::Whole(held.tie(whole)));
+            return Ok(FileBody::Whole(held.tie(whole), Arc::clone(footprint)));
         }
         let place = footprint.file_place().ok_or(io::ErrorKind::ResourceBusy)?;
         let source = FileSource::Shared(opened.file);
@@ -437,10 +437,18 @@ impl FileBody {
         part.map(FileBody::Rest).ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
+    /// What its tenant holds, or all those that are no tenant's.
+    pub fn footprint(&self) -> &Arc<Footprint> {
+        match self {
+            FileBody::Whole(_, footprint) => footprint,
+            FileBody::Rest(part) => part.footprint(),
+        }
+    }
+
     /// Bytes still to come.
     pub fn length(&self) -> u64 {
         match self {
-            FileBody::Whole(bytes) => bytes.len() as u64,
+            FileBody::Whole(bytes, _) => bytes.len() as u64,
             FileBody::Rest(part) => part.left(),
         }
     }
@@ -448,7 +456,7 @@ impl FileBody {
     /// The next piece.
     pub fn poll_piece(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Bytes, Failure>>> {
         match self {
-            FileBody::Whole(bytes) => {
+            FileBody::Whole(bytes, _) => {
                 let bytes = std::mem::take(bytes);
                 Poll::Ready((!bytes.is_empty()).then_some(Ok(bytes)))
             }
