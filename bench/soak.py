@@ -11,6 +11,7 @@ does not hold.
 import argparse
 import asyncio
 import collections
+import contextlib
 import itertools
 import json
 import os
@@ -37,6 +38,16 @@ KILLS = ("/trap", "/spin", "/stubborn", "/allocate", "/sleep")
 ENDS = frozenset({500, 503, 504})
 # What the log may hold at the level of errors.
 EXPECTED_ERRORS = ("app=killed", "tenant=broken", "tenant=two")
+
+
+def open_files(process):
+    """What its descriptors are of."""
+    files = []
+    for link in Path(f"/proc/{process}/fd").iterdir():
+        # It may be closed meanwhile.
+        with contextlib.suppress(FileNotFoundError):
+            files.append(os.readlink(link))
+    return files
 
 
 class Soak:
@@ -235,10 +246,15 @@ class Soak:
 
     async def sample(self, server):
         tenants = await self.tenants()
+        files = open_files(server.process.pid)
+        # The memory of an app, mapped from its file: one for each version that is
+        # loaded. The one before is kept to roll back to.
+        images = sum(file.endswith("/tenant.cwasm") for file in files)
         sample = {
             "seconds": time.time() - self.began,
             "pss": server.memory(),
-            "descriptors": len(os.listdir(f"/proc/{server.process.pid}/fd")),
+            "descriptors": len(files) - images,
+            "images": images,
             "threads": len(os.listdir(f"/proc/{server.process.pid}/task")),
             "in work": sum(tenant["in_work"] for tenant in tenants.values()),
             "resting": sum(tenant["resting"] for tenant in tenants.values()),
@@ -281,6 +297,8 @@ class Soak:
             found.append(f"instances are left: {last['in work']} at work, {last['resting']} at rest")
         if last["descriptors"] > first["descriptors"] + 2:
             found.append(f"descriptors are left: {first['descriptors']} before, {last['descriptors']} after")
+        if last["images"] > 2 * first["images"]:
+            found.append(f"versions are left: {first['images']} before, {last['images']} after")
         # The first fifth fills caches and pools.
         samples = [sample["pss"] for sample in self.samples if "sent" in sample]
         fifth = max(1, len(samples) // 5)
@@ -357,6 +375,11 @@ def report(data, path):
         f"| memory (PSS) after a fifth of the time / at the end | {pss[len(pss) // 5]:.1f} / {pss[-1]:.1f} MB |",
         f"| least and most memory since then | {min(pss[len(pss) // 5:]):.1f} to {max(pss[len(pss) // 5:]):.1f} MB |",
         f"| descriptors before the load / after it | {samples[0]['descriptors']} / {samples[-1]['descriptors']} |",
+        *(
+            f"| versions loaded before the load / after it | {before['images']} / {after['images']} |"
+            for before, after in [(samples[0], samples[-1])]
+            if "images" in before
+        ),
         f"| instances after it | {samples[-1]['in work'] + samples[-1]['resting']} |",
         "",
     ]

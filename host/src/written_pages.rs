@@ -1,0 +1,208 @@
+//! Finds the pages of an app's memory that a request writes to, when it is built.
+//!
+//! Instances that are told of them have these pages for themselves before a
+//! request comes; see `list_written_pages` of the skeleton. The app answers requests
+//! here as it does in a server, each in a fresh instance, and the kernel is asked
+//! which pages are not those of the snapshot any more.
+
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use http::{Method, Request, header};
+use tokio::sync::mpsc;
+
+use crate::app;
+use crate::artifact::Artifact;
+use crate::cache::{CACHE_VARIABLE, Cache};
+use crate::cli::WrittenPagesArgs;
+use crate::code;
+use crate::engine::{self, EpochTicker};
+use crate::environ::{self, Connection};
+use crate::exchange::{Exchange, RequestBody};
+use crate::guest_log::Printable;
+use crate::handler::RequestLimits;
+use crate::instance::{Grants, Instance, Streams};
+use crate::pool::Pools;
+use crate::request_id::RequestId;
+use crate::scheduler::Scheduler;
+use crate::tenants::{Books, Shared};
+
+/// Bytes of a page; on machines where pages are larger, nothing is found.
+const PAGE: u64 = 4096;
+
+/// Pages between two that are written to that are written to as well. When an
+/// instance is gone, the first 32 pieces of its memory that have changed are copied
+/// back, and the rest is unmapped; so fewer pieces are better, and a page costs less
+/// to copy than to be mapped again.
+const GAP: u32 = 3;
+
+/// Time that a request may take, and that is waited for one.
+const TIMEOUT: Duration = Duration::from_secs(10);
+
+/// Bytes of a message that are passed on.
+const MAX_MESSAGE: usize = 500;
+
+/// The pages that the app in the file `app` writes to when it is asked for `paths`,
+/// found by a process of its own.
+///
+/// # Errors
+///
+/// Why they are not known. The app is no worse for it.
+pub fn find(cache: &Cache, app: &Path, paths: &[String]) -> Result<BTreeSet<u32>> {
+    let binary = std::env::current_exe().context("failed to find our own binary")?;
+    let mut command = Command::new(binary);
+    command.arg("written-pages").arg(app).args(paths).env(CACHE_VARIABLE, cache.root()).stdin(Stdio::null());
+    let done = command.output().context("failed to start a process for it")?;
+    let message = String::from_utf8_lossy(&done.stderr);
+    let message = message.trim().lines().last().unwrap_or_default();
+    ensure!(done.status.success(), "{}: {}", done.status, Printable(message, MAX_MESSAGE));
+    let pages = String::from_utf8_lossy(&done.stdout);
+    pages.split_whitespace().map(|page| Ok(page.parse()?)).collect()
+}
+
+/// Prints the pages. The process's own side of [`find`].
+///
+/// # Errors
+///
+/// If the app does not start, or the kernel does not tell.
+#[expect(clippy::print_stdout, reason = "the parent reads it")]
+pub fn run(args: &WrittenPagesArgs) -> Result<()> {
+    let engine = engine::runner(1).map_err(anyhow::Error::from)?;
+    let _ticker = EpochTicker::start(&engine, || false).context("failed to start the epoch thread")?;
+    let cache = Cache::open()?;
+    let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
+    let (pools, scheduler) = (Pools::new(1, 0, u64::MAX), Scheduler::new(None));
+    let shared = Shared::new(engine, pools, cache, None, Duration::MAX, 0, scheduler);
+    let books = Books::new(&config, &shared.scheduler, shared.pools.memory(), None);
+    let artifact = Artifact::open(&config.app)?;
+    let digests = artifact.digests(&shared.cache)?;
+    let component = artifact.component(&digests)?;
+    let first_page = wsgi_wasm_skeleton::split(&component)?.first_page;
+    drop(component);
+    let scratch = tempfile::tempdir_in(shared.cache.root())?;
+    let directory = scratch.path().canonicalize()?.join("code");
+    let code = shared.loader.load_once(&artifact, &digests, &directory)?;
+    let app::Loaded { program, grants, .. } =
+        app::link(&shared, &config, &books, &artifact, &digests, &code)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let mut pages = BTreeSet::new();
+    for path in &args.paths {
+        let image = directory.join(code::TENANT);
+        let changed = runtime.block_on(async {
+            let mut instance = Instance::new(&program, &grants, Streams::Log).await?;
+            ask(&mut instance, &grants, path).await?;
+            changed_pages(&image)
+        })?;
+        pages.extend(changed.into_iter().map(|page| first_page.saturating_add(page)));
+    }
+    for page in with_gaps(&pages) {
+        println!("{page}");
+    }
+    Ok(())
+}
+
+/// Lets the instance answer a request. What it answers does not matter.
+async fn ask(instance: &mut Instance, grants: &Grants, path: &str) -> Result<()> {
+    let request = Request::get(path).header(header::HOST, "localhost").body(())?;
+    let (parts, ()) = request.into_parts();
+    let connection = Connection {
+        server_name: "localhost".into(),
+        server_port: "80".into(),
+        peer: None,
+        ..Connection::default()
+    };
+    let environ =
+        environ::environ(&parts, &connection, "").map_err(|failure| anyhow::anyhow!("{failure}"))?;
+    let limits = RequestLimits {
+        body: 0,
+        response: u64::MAX,
+        response_time: TIMEOUT,
+        timeout: TIMEOUT,
+        cpu: None,
+        client_idle: TIMEOUT,
+        rate: 0,
+    };
+    let (sender, mut events) = mpsc::channel(1);
+    let exchange = Exchange::new(RequestBody::empty(), sender, Method::GET, &limits, &grants.footprint);
+    let mut call =
+        std::pin::pin!(instance.handle(RequestId::next(), &environ, b"", exchange, (TIMEOUT, None)));
+    loop {
+        tokio::select! {
+            _ = &mut call => return Ok(()),
+            Some(_) = events.recv() => {}
+        }
+    }
+}
+
+/// The pages of the one mapping of the file `image` that are not the file's any more.
+fn changed_pages(image: &Path) -> Result<Vec<u32>> {
+    let maps = fs::read_to_string("/proc/self/maps").context("failed to read the list of mappings")?;
+    let mapping = maps.lines().find_map(|line| mapping(line, image.as_os_str()));
+    let (start, end) = mapping.context("the app's memory is not mapped from its file")?;
+    let pagemap = File::open("/proc/self/pagemap").context("failed to open the list of pages")?;
+    let count = usize::try_from((end - start) / PAGE)?;
+    let mut entries = vec![0; count * 8];
+    pagemap.read_exact_at(&mut entries, start / PAGE * 8).context("failed to read the list of pages")?;
+    let (entries, _) = entries.as_chunks::<8>();
+    let changed = entries.iter().zip(0..).filter(|(entry, _)| is_changed(u64::from_ne_bytes(**entry)));
+    Ok(changed.map(|(_, page)| page).collect())
+}
+
+/// Where `file` is mapped as memory that can be written to, if `line` of a process's
+/// list of mappings says that (proc_pid_maps(5)).
+fn mapping(line: &str, file: &OsStr) -> Option<(u64, u64)> {
+    let mut fields = line.split_ascii_whitespace();
+    let (range, permissions) = (fields.next()?, fields.next()?);
+    let name = line.split_once('/').map(|(_, name)| name)?;
+    if permissions != "rw-p" || OsStr::new(&format!("/{name}")) != file {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    let address = |text| u64::from_str_radix(text, 16).ok();
+    Some((address(start)?, address(end)?))
+}
+
+/// Whether a page is in memory and not a file's (proc_pid_pagemap(5)).
+fn is_changed(entry: u64) -> bool {
+    let (is_present, is_file) = (entry >> 63 & 1 == 1, entry >> 61 & 1 == 1);
+    is_present && !is_file
+}
+
+/// `pages`, and those in small gaps between them.
+fn with_gaps(pages: &BTreeSet<u32>) -> BTreeSet<u32> {
+    let mut all = pages.clone();
+    for (page, next) in pages.iter().zip(pages.iter().skip(1)) {
+        if next - page <= GAP + 1 {
+            all.extend(*page..*next);
+        }
+    }
+    all
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_gaps_are_closed() {
+        let pages = BTreeSet::from([1, 2, 6, 11, 15, 20]);
+        assert_eq!(with_gaps(&pages), [1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 20].into());
+        assert_eq!(with_gaps(&BTreeSet::new()), BTreeSet::new());
+    }
+
+    #[test]
+    fn a_mapping_is_known_by_its_file_and_rights() {
+        let line = "7f00a000-7f00c000 rw-p 00001000 fe:00 17    /cache/a b/tenant.cwasm";
+        let file = OsStr::new("/cache/a b/tenant.cwasm");
+        assert_eq!(mapping(line, file), Some((0x7f00_a000, 0x7f00_c000)));
+        assert_eq!(mapping(&line.replace("rw-p", "r--p"), file), None);
+        assert_eq!(mapping(line, OsStr::new("/cache/b/tenant.cwasm")), None);
+        assert_eq!(mapping("7f00a000-7f00c000 rw-p 00000000 00:00 0", file), None);
+    }
+}
