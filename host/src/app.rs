@@ -7,10 +7,11 @@ use std::sync::Arc;
 
 use anyhow::Result;
 
-use crate::artifact::{Artifact, Layer};
+use crate::artifact::{Artifact, Digests, Layer};
 use crate::build::{self, BuildOptions, Progress};
 use crate::cache::{Cache, Key};
 use crate::cli::{GrantArgs, SourceArgs};
+use crate::code::Code;
 use crate::config::{
     DEFAULT_INSTANCES, DEFAULT_LIMITS, DEFAULT_TEMPORARY, Environment, Limits, TenantConfig,
 };
@@ -51,12 +52,28 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, books: &Books) -> R
     let code = shared.loader.load(&artifact, &digests, shared.sharing, &|step| {
         tracing::info!("{step}; later starts reuse the result");
     })?;
-    let program = Program::link(&shared.engine, &code).map_err(|error| {
+    link(shared, config, books, &artifact, &digests, &code)
+}
+
+/// Links the `code` of an artifact with what its tenant may use.
+///
+/// # Errors
+///
+/// As for [`load_artifact`].
+pub fn link(
+    shared: &Shared,
+    config: &TenantConfig,
+    books: &Books,
+    artifact: &Artifact,
+    digests: &Digests,
+    code: &Code,
+) -> Result<Loaded> {
+    let program = Program::link(&shared.engine, code).map_err(|error| {
         UserError::new(format!("`{}` is not a WSGI app for this host: {error:#}", config.app.display()))
             .remedy("build the app with `wsgi-wasm build MODULE:CALLABLE -o app.wasm`")
     })?;
-    let layers = artifact.unpack_layers(&shared.cache, &digests)?;
-    let mounts = mounts(config, &artifact, &layers)?;
+    let layers = artifact.unpack_layers(&shared.cache, digests)?;
+    let mounts = mounts(config, artifact, &layers)?;
     let mounts = mounts.into_iter().map(|mount| mount.of(&books.footprint)).collect();
     let files = Files::new(layers, &config.files)?;
     let mut environment =
@@ -74,7 +91,7 @@ pub fn load_artifact(shared: &Shared, config: &TenantConfig, books: &Books) -> R
         log: Arc::clone(&books.log),
     };
     let digest = Key::default()
-        .with(serde_json::to_vec(&digests)?)
+        .with(serde_json::to_vec(digests)?)
         .with(serde_json::to_vec(&artifact.manifest())?)
         .finish();
     Ok(Loaded { program, grants, mounts, digest })

@@ -7,6 +7,7 @@
 //!    the guest, which imports the app, makes the warm-up requests, and leaves
 //!    a heap that becomes the snapshot.
 //! 4. The files that the guest will want at run time are packed behind it.
+//! 5. `written_pages` finds which memory a request writes to.
 //!
 //! The bytes of two builds of the same inputs differ: the interpreter draws
 //! its hash seed before the snapshot, and a seed that everybody knows would
@@ -38,6 +39,7 @@ use crate::cli::{BuildArgs, ProjectArgs};
 use crate::error::UserError;
 use crate::static_files;
 use crate::units;
+use crate::written_pages;
 
 use target::Target;
 use toolchain::Toolchain;
@@ -47,6 +49,9 @@ use vendor::Requirements;
 const MAX_FILES: usize = 100_000;
 /// So are more bytes.
 const MAX_BYTES: u64 = 1 << 30;
+
+/// Rises when the same project gives another file.
+const STEPS: u32 = 2;
 
 /// The program that is at work for us.
 static RUNNING: Mutex<Option<Pid>> = Mutex::new(None);
@@ -198,6 +203,7 @@ pub fn build(cache: &Cache, options: &BuildOptions<'_>, progress: &Progress) -> 
 
     let mut key = Key::new(Bucket::Apps)
         .with(env!("CARGO_PKG_VERSION"))
+        .with(STEPS.to_le_bytes())
         .with(toolchain::identity())
         .with(adapter::digest())
         .with(serde_json::to_vec(&target)?)
@@ -419,7 +425,7 @@ impl Work<'_> {
         let layers =
             [read_packed(&python)?, read_packed(&site)?, PackedLayer::pack(Layer::App, &scratch.app())?];
         let packages: Vec<Package> = serde_json::from_slice(&fs::read(site.join("packages.json"))?)?;
-        let manifest = Manifest {
+        let mut manifest = Manifest {
             component: Some(cache::sha256(&component)),
             format: MANIFEST_FORMAT,
             application: report.application,
@@ -435,8 +441,33 @@ impl Work<'_> {
             inputs: self.inputs.to_owned(),
             layers: layers.iter().map(PackedLayer::summary).collect(),
         };
+        self.list_written_pages(&mut component, &manifest, &layers, &scratch)?;
+        manifest.component = Some(cache::sha256(&component));
         let app = artifact::assemble(component, &manifest, &layers)?;
         fs::write(entry, app).with_context(|| format!("failed to write `{}`", entry.display()))
+    }
+
+    /// Lists in `component` which pages of its memory the app writes to when it is asked
+    /// for what it was warmed up with, or for `/`.
+    fn list_written_pages(
+        &self,
+        component: &mut Vec<u8>,
+        manifest: &Manifest,
+        layers: &[PackedLayer],
+        scratch: &Scratch,
+    ) -> Result<()> {
+        self.progress.step("looking which memory a request writes to");
+        let path = scratch.root().join("app.wasm");
+        fs::write(&path, artifact::assemble(component.clone(), manifest, layers)?)
+            .with_context(|| format!("failed to write `{}`", path.display()))?;
+        let root = ["/".to_owned()];
+        let paths = if manifest.warmup.is_empty() { &root[..] } else { &manifest.warmup };
+        match written_pages::find(self.cache, &path, paths) {
+            Ok(pages) => wsgi_wasm_skeleton::list_written_pages(component, &pages),
+            // A fresh instance is a little slower without.
+            Err(error) => tracing::debug!("the pages that a request writes to are not known: {error:#}"),
+        }
+        Ok(())
     }
 
     /// The guest's standard library: `files`, and the packed layer beside it.

@@ -55,6 +55,9 @@ pub enum Command {
         #[arg(long, value_enum)]
         code: Option<Sharing>,
     },
+    /// Print the pages of an app's memory that a request writes to, for our own use.
+    #[command(hide = true)]
+    WrittenPages(WrittenPagesArgs),
 }
 
 /// Options of `build`.
@@ -319,6 +322,19 @@ pub struct ExecArgs {
     /// The command: `python FILE ...`, `python -m MODULE ...` or `python -c CODE ...`
     #[arg(last = true, required = true, value_name = "COMMAND")]
     pub command: Vec<String>,
+}
+
+/// Options of `written-pages`.
+#[derive(Debug, Args)]
+pub struct WrittenPagesArgs {
+    /// The built app
+    pub app: String,
+    /// What to ask it for
+    pub paths: Vec<String>,
+    #[command(flatten)]
+    pub grants: GrantArgs,
+    #[command(flatten)]
+    pub project: SourceArgs,
 }
 
 /// Options of `check`.

@@ -47,7 +47,7 @@ const MAX_MESSAGE: usize = 2000;
 
 /// Files of an app's entry.
 const LAYOUT: &str = "layout.json";
-const TENANT: &str = "tenant.cwasm";
+pub const TENANT: &str = "tenant.cwasm";
 const WHOLE: &str = "whole.cwasm";
 
 /// An app's machine code, ready to be linked.
@@ -146,6 +146,29 @@ impl Loader {
             key.add([sharing as u8]);
         }
         let entry = self.cache.get_or_make(Bucket::Compiled, &key.finish(), compile)?;
+        self.map(&entry, sharing, &compile)
+    }
+
+    /// The same for once: the app's own part is not put into the cache but into the
+    /// new `directory`, with its memory in the file [`TENANT`].
+    ///
+    /// # Errors
+    ///
+    /// As for [`Loader::load`].
+    pub fn load_once(&self, artifact: &Artifact, digests: &Digests, directory: &Path) -> Result<Code> {
+        let compile = |entry: &Path| compile_in_child(&self.cache, artifact, digests, None, entry);
+        compile(directory)?;
+        self.map(directory, None, &compile)
+    }
+
+    /// Maps what is in `entry`, the app's own part; what is shared is made again by
+    /// `compile` if it is gone.
+    fn map(
+        &self,
+        entry: &Path,
+        sharing: Option<Sharing>,
+        compile: &dyn Fn(&Path) -> Result<()>,
+    ) -> Result<Code> {
         let layout_path = entry.join(LAYOUT);
         let layout = std::fs::read(&layout_path)
             .with_context(|| format!("failed to read `{}`", layout_path.display()))?;

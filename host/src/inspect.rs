@@ -36,6 +36,9 @@ struct ComponentDescription {
     size: usize,
     /// Bytes of its memory at the start.
     snapshot_size: usize,
+    /// Bytes of memory that a usual request writes to, if that is known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    written_size: Option<usize>,
     /// All other bytes.
     code_size: usize,
     sha256: String,
@@ -86,6 +89,7 @@ fn describe(artifact: &Artifact) -> Result<Description> {
         component: ComponentDescription {
             size: bytes.len(),
             snapshot_size,
+            written_size: wsgi_wasm_skeleton::written_size(&bytes),
             code_size: bytes.len() - snapshot_size,
             world: component_type
                 .exports(&engine)
@@ -182,6 +186,9 @@ fn text(description: &Description) -> Result<String> {
         writeln!(out, "\nparts")?;
         let component = &description.component;
         writeln!(out, "  {:<24} {}", "snapshot", size(component.snapshot_size))?;
+        if let Some(written) = component.written_size {
+            writeln!(out, "  {:<24} {}", "written by a request", size(written))?;
+        }
         writeln!(out, "  {:<24} {}", "code", size(component.code_size))?;
         for layer in &description.layers {
             let name = format!("layer {} at {}", layer.name, layer.guest_path);

@@ -55,6 +55,7 @@ mod tenants;
 mod tls;
 mod units;
 mod wire;
+mod written_pages;
 
 use std::process::ExitCode;
 
@@ -77,6 +78,7 @@ fn main() -> ExitCode {
         Command::Compile { input, output, code } => {
             code::compile(&input, &output, code).map(|()| ExitCode::SUCCESS)
         }
+        Command::WrittenPages(args) => written_pages::run(&args).map(|()| ExitCode::SUCCESS),
     };
     done.unwrap_or_else(|error| {
         report(&error);

@@ -19,13 +19,15 @@ use std::collections::HashSet;
 use anyhow::{Context as _, Result, bail, ensure};
 use wasm_encoder::reencode::{Error, Reencode, utils};
 use wasm_encoder::{
-    ConstExpr, EntityType, ExportKind, ExportSection, GlobalSection, GlobalType, ImportSection,
-    MemorySection, MemoryType, Module, ModuleType, RawSection, SectionId, ValType,
+    CodeSection, ConstExpr, EntityType, ExportKind, ExportSection, FunctionSection, GlobalSection,
+    GlobalType, ImportSection, MemorySection, MemoryType, Module, ModuleType, RawSection, SectionId,
+    StartSection, TypeSection, ValType,
 };
 use wasmparser::{DataKind, ExternalKind, Operator, TypeRef};
 
 use crate::TENANT;
 use crate::core_module::CoreModule;
+use crate::written::{PAGE, Writes};
 
 /// Name of the tenant's memory.
 pub(crate) const MEMORY: &str = "memory";
@@ -38,6 +40,8 @@ pub(crate) struct Hollowed {
     pub(crate) tenant: Vec<u8>,
     /// What the skeleton demands of a tenant module.
     pub(crate) tenant_type: ModuleType,
+    /// The first page of memory that has data.
+    pub(crate) first_page: u32,
 }
 
 /// A global whose start value goes to the tenant.
@@ -54,8 +58,9 @@ struct StartValue {
 const START_VALUE: GlobalType = GlobalType { val_type: ValType::I32, mutable: false, shared: false };
 
 impl Hollowed {
-    /// Takes the state out of `modules`.
-    pub(crate) fn of(modules: &[CoreModule<'_>]) -> Result<Hollowed> {
+    /// Takes the state out of `modules`. The tenant module writes to the pages
+    /// `written` when it is instantiated.
+    pub(crate) fn of(modules: &[CoreModule<'_>], written: &[u32]) -> Result<Hollowed> {
         let holder = memory_holder(modules)?;
         let start_values = start_values(modules)?;
         // With the least minimum that the importers accept and no maximum,
@@ -80,10 +85,12 @@ impl Hollowed {
             }
             Hollow::new(module, memory, own)?.rewrite(module).map(Some)
         };
+        let (tenant, first_page) = tenant(&modules[holder], &start_values, written)?;
         Ok(Hollowed {
             modules: modules.iter().enumerate().map(hollow).collect::<Result<_>>()?,
-            tenant: tenant(&modules[holder], &start_values)?,
+            tenant,
             tenant_type,
+            first_page,
         })
     }
 
@@ -149,11 +156,33 @@ fn start_values(modules: &[CoreModule<'_>]) -> Result<Vec<StartValue>> {
     Ok(start_values)
 }
 
-/// The module with the memory and data of `holder` and the start values.
-fn tenant(holder: &CoreModule<'_>, start_values: &[StartValue]) -> Result<Vec<u8>> {
-    let mut tenant = Module::new();
-    let mut memories = MemorySection::new();
+/// The module with the memory and data of `holder`, the start values, and a start
+/// function that writes to the pages `written`; and the first page with data.
+fn tenant(holder: &CoreModule<'_>, start_values: &[StartValue], written: &[u32]) -> Result<(Vec<u8>, u32)> {
     let memory = holder.memories[0];
+    let mut writes = Writes::new(written, memory.initial << 16)?;
+    let mut first = u32::MAX;
+    if let Some(data) = &holder.data {
+        for segment in data.clone() {
+            let segment = segment?;
+            let DataKind::Active { memory_index: 0, offset_expr } = segment.kind else {
+                bail!("it has data that is not in memory from the start");
+            };
+            let Operator::I32Const { value } = offset_expr.get_operators_reader().read()? else {
+                bail!("it has data at a computed address");
+            };
+            writes.take(value.cast_unsigned(), segment.data);
+            first = first.min(value.cast_unsigned());
+        }
+    }
+    let mut tenant = Module::new();
+    if !writes.is_empty() {
+        let (mut types, mut functions) = (TypeSection::new(), FunctionSection::new());
+        types.ty().function([], []);
+        functions.function(0);
+        tenant.section(&types).section(&functions);
+    }
+    let mut memories = MemorySection::new();
     memories.memory(MemoryType {
         minimum: memory.initial,
         maximum: memory.maximum,
@@ -170,18 +199,16 @@ fn tenant(holder: &CoreModule<'_>, start_values: &[StartValue]) -> Result<Vec<u8
         exports.export(&start_value.name, ExportKind::Global, index);
     }
     tenant.section(&globals).section(&exports);
+    if !writes.is_empty() {
+        let mut code = CodeSection::new();
+        code.function(&writes.function());
+        tenant.section(&StartSection { function_index: 0 }).section(&code);
+    }
     if let Some(data) = &holder.data {
-        for segment in data.clone() {
-            let DataKind::Active { memory_index: 0, offset_expr } = segment?.kind else {
-                bail!("it has data that is not in memory from the start");
-            };
-            let is_constant = matches!(offset_expr.get_operators_reader().read()?, Operator::I32Const { .. });
-            ensure!(is_constant, "it has data at a computed address");
-        }
         let data = holder.bytes.get(data.range()).context("data without end")?;
         tenant.section(&RawSection { id: SectionId::Data.into(), data });
     }
-    Ok(tenant.finish())
+    Ok((tenant.finish(), first / PAGE))
 }
 
 /// Rewrites one module.

@@ -6,7 +6,8 @@
 //! - it imports the tenant module, and instantiates it before all others;
 //! - the module that defined the memory imports it from there, and the modules
 //!   with start values import those (see [`hollow`](crate::hollow));
-//! - custom sections at the top level are left out, since they do nothing.
+//! - custom sections at the top level are left out, since they do nothing; one
+//!   of them says which pages of the memory are written to (see [`written`]).
 //!
 //! So the only index spaces that shift are those of core instances, by one.
 
@@ -26,6 +27,7 @@ use crate::TENANT;
 use crate::core_module::CoreModule;
 use crate::hollow::Hollowed;
 use crate::sections::{PREAMBLE, Section, id, sections};
+use crate::written;
 
 /// A component taken apart.
 #[derive(Debug)]
@@ -33,8 +35,11 @@ pub struct Split {
     /// A component that imports the core module [`TENANT`]. The same for all
     /// apps with the same code.
     pub skeleton: Vec<u8>,
-    /// The core module with the app's memory and start values. It has no code.
+    /// The core module with the app's memory and start values. It has no code but
+    /// what writes to pages that the component lists.
     pub tenant: Vec<u8>,
+    /// The first page of the memory that has data; pages have 4096 bytes.
+    pub first_page: u32,
 }
 
 /// Takes `component` apart.
@@ -56,7 +61,7 @@ pub fn split(component: &[u8]) -> Result<Split> {
         "it is not linked from shared libraries, so no other app has the same code"
     );
     check_shape(&sections)?;
-    let hollowed = Hollowed::of(&modules)?;
+    let hollowed = Hollowed::of(&modules, &written::read(&sections)?)?;
     let instantiations = instantiations(&sections)?;
     for (index, module) in hollowed.modules.iter().enumerate() {
         let once = u32::try_from(index).is_ok_and(|index| instantiations.get(&index) == Some(&1));
@@ -91,7 +96,7 @@ pub fn split(component: &[u8]) -> Result<Split> {
             _ => skeleton.extend_from_slice(section.whole),
         }
     }
-    Ok(Split { skeleton, tenant: hollowed.tenant })
+    Ok(Split { skeleton, tenant: hollowed.tenant, first_page: hollowed.first_page })
 }
 
 /// Refuses what would make other index spaces shift, or what is not followed

@@ -327,6 +327,8 @@ fn native_packages_are_refused_by_name() {
 fn packages_are_listed_with_what_needs_them() {
     let described = run(wsgi_wasm().args(["inspect", "--json"]).arg(guest("flask"))).success().stdout;
     let described: serde_json::Value = serde_json::from_str(&described).unwrap();
+    let written = described["component"]["written_size"].as_u64().unwrap();
+    assert!((100_000..4_000_000).contains(&written), "what a request writes to: {written}");
     let packages = described["manifest"]["packages"].as_array().unwrap();
     let markupsafe =
         packages.iter().find(|package| package["name"] == "MarkupSafe" || package["name"] == "markupsafe");

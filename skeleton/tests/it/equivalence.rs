@@ -1,6 +1,8 @@
+use std::collections::BTreeSet;
+
 use wasmtime::component::{Component, Linker};
-use wasmtime::{Engine, Module, Store};
-use wsgi_wasm_skeleton::{TENANT, merge, split};
+use wasmtime::{Engine, Instance, Module, Store};
+use wsgi_wasm_skeleton::{TENANT, list_written_pages, merge, split};
 
 use crate::sample::Sample;
 
@@ -23,7 +25,7 @@ fn run(component: &[u8], tenant: Option<&[u8]>, arguments: &[u32]) -> Vec<Option
 /// What `run` returns the first time: the name's first byte and length, the
 /// doubled argument, the doubled counter, the data, what is called through the
 /// table, and the stack pointer.
-fn expected(sample: &Sample, x: u32) -> u32 {
+fn expected_sum(sample: &Sample, x: u32) -> u32 {
     let sum = i32::from(b'B') + 5 + 2 * sample.counter + sample.data + 1_000_000 + sample.stack - 16;
     u32::try_from(sum).unwrap() + 2 * x
 }
@@ -39,7 +41,7 @@ fn all_three_ways_do_the_same() {
         // The last calls show what the ones before have left, and a trap.
         let arguments = [1, 2, 1, 0, 1];
         let results = run(&whole, None, &arguments);
-        assert_eq!(results[0], Some(expected(&sample, 1)));
+        assert_eq!(results[0], Some(expected_sum(&sample, 1)));
         assert_eq!(results[3], None);
         assert_eq!(run(&parts.skeleton, Some(&parts.tenant), &arguments), results);
         assert_eq!(run(&merged, Some(&parts.tenant), &arguments), results);
@@ -55,7 +57,7 @@ fn apps_share_a_skeleton_and_not_their_state() {
     assert_ne!(one.tenant, other_parts.tenant);
     // The state of one app and the skeleton that came with another.
     let merged = merge(&one.skeleton).unwrap();
-    assert_eq!(run(&merged, Some(&other_parts.tenant), &[1]), [Some(expected(&other, 1))]);
+    assert_eq!(run(&merged, Some(&other_parts.tenant), &[1]), [Some(expected_sum(&other, 1))]);
 }
 
 #[test]
@@ -84,4 +86,30 @@ fn a_merged_skeleton_has_few_modules_constants_and_names() {
     assert_eq!(globals, [2], "the stack pointer and the counter; all others are constants");
     // The calls to the host, then what is reached, in order.
     assert_eq!(names, ["double", "name", "count", "in_the_table", "cabi_realloc", "run_the_sample"]);
+}
+
+/// The memory of a fresh instance of a tenant module.
+fn memory(tenant: &[u8]) -> Vec<u8> {
+    let engine = Engine::default();
+    let mut store = Store::new(&engine, ());
+    let instance = Instance::new(&mut store, &Module::new(&engine, tenant).unwrap(), &[]).unwrap();
+    instance.get_memory(&mut store, "memory").unwrap().data(&store).to_vec()
+}
+
+#[test]
+fn pages_that_are_written_to_stay_as_they_are() {
+    let sample = Sample::new();
+    let plain = split(&sample.component()).unwrap();
+    assert_eq!(plain.first_page, 0);
+    let mut listing = sample.component();
+    // The last page of the memory is the 31st.
+    list_written_pages(&mut listing, &BTreeSet::from([0, 2, 31]));
+    let parts = split(&listing).unwrap();
+    assert_eq!(parts.skeleton, plain.skeleton, "the list is the app's own");
+    assert_ne!(parts.tenant, plain.tenant);
+    let expected = memory(&plain.tenant);
+    assert_eq!(expected[8190..8195], [4, 5, 6, 7, 3]);
+    assert!(memory(&parts.tenant) == expected);
+    let merged = merge(&parts.skeleton).unwrap();
+    assert_eq!(run(&merged, Some(&parts.tenant), &[1]), [Some(expected_sum(&sample, 1))]);
 }

@@ -1,4 +1,6 @@
-use wsgi_wasm_skeleton::{merge, split};
+use std::collections::BTreeSet;
+
+use wsgi_wasm_skeleton::{list_written_pages, merge, split};
 
 use crate::sample::Sample;
 
@@ -44,8 +46,28 @@ fn what_can_not_be_merged_is_refused_with_the_reason() {
 }
 
 #[test]
+fn a_list_of_written_pages_is_not_trusted() {
+    let refused = |pages: &[u8]| {
+        let mut component = Sample::new().component();
+        let section = [b"\x0dwritten-pages", pages].concat();
+        component.extend([0, u8::try_from(section.len()).unwrap()]);
+        component.extend(section);
+        format!("{:#}", split(&component).unwrap_err())
+    };
+    assert!(refused(&[1]).contains("not one"));
+    assert!(refused(&[2, 0, 0, 0, 1, 0, 0, 0]).contains("not one"));
+    assert!(refused(&[1, 0, 0, 0, 1, 0, 0, 0]).contains("not one"));
+    assert!(refused(&[32, 0, 0, 0]).contains("outside of its memory"));
+    assert!(refused(&[0xff; 4]).contains("outside of its memory"));
+    let mut component = Sample { pages: 1000, ..Sample::new() }.component();
+    list_written_pages(&mut component, &(0..5000).collect::<BTreeSet<_>>());
+    assert!(split(&component).is_ok(), "as many as may be");
+}
+
+#[test]
 fn no_damage_makes_it_panic() {
-    let whole = Sample::new().component();
+    let mut whole = Sample::new().component();
+    list_written_pages(&mut whole, &BTreeSet::from([0, 2]));
     let skeleton = split(&whole).unwrap().skeleton;
     for end in 0..whole.len() {
         assert!(split(&whole[..end]).is_err() || end > whole.len() / 2, "cut off at {end}");

@@ -190,6 +190,9 @@ impl Sample {
         code.function(&count);
         let mut data = DataSection::new();
         data.active(0, &ConstExpr::i32_const(1040), self.data.to_le_bytes());
+        // Twice at the beginning of a page, which nobody reads.
+        data.active(0, &ConstExpr::i32_const(8192), [1, 2, 3]);
+        data.active(0, &ConstExpr::i32_const(8190), [4, 5, 6, 7]);
         let mut module = Module::new();
         module.section(&types).section(&imports).section(&functions).section(&tables).section(&memories);
         module.section(&globals).section(&exports).section(&code).section(&data);
