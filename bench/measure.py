@@ -76,7 +76,8 @@ class Server:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **(environment or {})},
+                # Backtraces of errors are for those who look for a bug.
+                env={**os.environ, "RUST_BACKTRACE": "0", **(environment or {})},
                 cwd=directory,
                 # The session tells which processes belong to it.
                 start_new_session=True,

@@ -36,6 +36,9 @@ HOSTILE = ROOT / "tests/hostile"
 VICTIM, ATTACKER = "victim.example", "attacker.example"
 # Connections that attack at a time: as many as a tenant has instances.
 ATTACKERS = 16
+# Where a thread's connections come from. They stand for different machines: from
+# one address, ports would run out.
+SOURCE = threading.local()
 
 
 # === What the victim gets ===
@@ -216,7 +219,7 @@ def connections(port, over, count):
 def connected(port, over):
     """A connection; what breaks it is part of the game."""
     try:
-        with socket.create_connection(("127.0.0.1", port), 60) as sock:
+        with socket.create_connection(("127.0.0.1", port), 60, SOURCE.address) as sock:
             yield sock
     except OSError:
         over.wait(0.001)
@@ -283,6 +286,8 @@ def attack(name, port, over, total):
     done = [0] * ATTACKERS
 
     def work(index):
+        SOURCE.address = (f"127.0.1.{index + 1}", 0)
+
         def count():
             done[index] += 1
 

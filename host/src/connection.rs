@@ -47,8 +47,11 @@ const READ: usize = 8 << 10;
 /// takes what the client had under way. Else the kernel answers those bytes
 /// with a reset, and the client may lose the response it has not yet read.
 const LINGER: (Duration, usize) = (Duration::from_secs(1), 1 << 20);
-/// How often is read of it before other tasks have their turn.
-const LINGER_READS: usize = 8;
+/// How much is read of it at a time, and how long it waits until the next time.
+const LINGER_READ: usize = 64 << 10;
+const LINGER_PAUSE: Duration = Duration::from_millis(50);
+/// Connections that are closed that way at a time.
+const LINGERERS: usize = 64;
 /// How long an HTTP/2 client without a request has for a last one that was
 /// under way when it was told that the connection ends. hyper waits for it to
 /// answer a PING (RFC 9113 section 6.8), for ever.
@@ -78,6 +81,15 @@ pub struct ConnectionLimits {
     /// Streams of an HTTP/2 connection that a client may reset before we have
     /// looked at them, and that we may reset for its mistakes.
     pub resets: usize,
+    /// One permit per connection that is closed early and still read.
+    pub lingerers: Arc<Semaphore>,
+}
+
+/// Places for connections that are closed early and still read. Reading costs the
+/// kernel more than us, and one who floods us with what is to be read does not wait
+/// for it. Where there is no place, a connection is closed at once.
+pub fn lingerers() -> Arc<Semaphore> {
+    Arc::new(Semaphore::new(LINGERERS))
 }
 
 /// What every connection needs.
@@ -500,13 +512,17 @@ struct Wire {
     keep_alive: Duration,
     client_idle: Duration,
     closing: Closing,
+    lingerers: Arc<Semaphore>,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
 enum Closing {
     No,
-    /// Our side is closed; so many bytes may still come.
-    Lingering(usize),
+    /// Our side is closed; so many bytes may still come, until then.
+    Lingering {
+        left: usize,
+        end: Instant,
+        _place: OwnedSemaphorePermit,
+    },
 }
 
 impl Wire {
@@ -534,6 +550,7 @@ impl Wire {
             keep_alive: limits.keep_alive,
             client_idle: limits.client_idle,
             closing: Closing::No,
+            lingerers: Arc::clone(&limits.lingerers),
         };
         wire.approve_held();
         wire
@@ -778,34 +795,37 @@ impl AsyncWrite for Wire {
 
     fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let wire = self.get_mut();
-        if wire.closing == Closing::No {
+        if matches!(wire.closing, Closing::No) {
             let polled = Pin::new(&mut wire.stream).poll_shutdown(context);
             ready!(wire.in_time(context, polled))?;
             let is_whole = wire.scan.as_ref().is_none_or(Scan::in_head) && !wire.is_refused;
-            if is_whole {
+            let place = if is_whole { None } else { Arc::clone(&wire.lingerers).try_acquire_owned().ok() };
+            let Some(place) = place else { return Poll::Ready(Ok(())) };
+            wire.closing =
+                Closing::Lingering { left: LINGER.1, end: Instant::now() + LINGER.0, _place: place };
+            wire.read_timer = None;
+        }
+        let Closing::Lingering { left, end, .. } = &mut wire.closing else { return Poll::Ready(Ok(())) };
+        loop {
+            if let Some(pause) = &mut wire.read_timer {
+                ready!(pause.as_mut().poll(context));
+            }
+            let mut chunk = vec![0; LINGER_READ];
+            let mut chunk = ReadBuf::new(&mut chunk);
+            while chunk.remaining() > 0 {
+                let before = chunk.filled().len();
+                match Pin::new(&mut wire.stream).poll_read(context, &mut chunk) {
+                    Poll::Ready(Ok(())) if chunk.filled().len() > before => {}
+                    Poll::Ready(_) => return Poll::Ready(Ok(())),
+                    Poll::Pending => break,
+                }
+            }
+            *left = left.saturating_sub(chunk.filled().len());
+            let now = Instant::now();
+            if *left == 0 || now >= *end {
                 return Poll::Ready(Ok(()));
             }
-            wire.closing = Closing::Lingering(LINGER.1);
-            wire.read_timer = Some(Box::pin(tokio::time::sleep(LINGER.0)));
+            wire.read_timer = Some(Box::pin(tokio::time::sleep_until((now + LINGER_PAUSE).min(*end))));
         }
-        let Closing::Lingering(left) = &mut wire.closing else { return Poll::Ready(Ok(())) };
-        let mut chunk = [0; READ];
-        // Others' requests come first, and there may be much to read.
-        for _ in 0..LINGER_READS {
-            let mut read = ReadBuf::new(&mut chunk);
-            match Pin::new(&mut wire.stream).poll_read(context, &mut read) {
-                Poll::Ready(Ok(())) if !read.filled().is_empty() && *left > 0 => {
-                    *left = left.saturating_sub(read.filled().len());
-                }
-                Poll::Ready(_) => return Poll::Ready(Ok(())),
-                Poll::Pending => {
-                    let Some(timer) = &mut wire.read_timer else { return Poll::Ready(Ok(())) };
-                    ready!(timer.as_mut().poll(context));
-                    return Poll::Ready(Ok(()));
-                }
-            }
-        }
-        context.waker().wake_by_ref();
-        Poll::Pending
     }
 }

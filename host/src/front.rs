@@ -17,6 +17,7 @@ use http::request::Parts;
 use http::{HeaderMap, Method, Request, Response, StatusCode, Uri, Version};
 use http_body::{Body as _, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::time::Sleep;
 
 use crate::access_log::{AccessLog, Line};
 use crate::compress::{self, Compressed};
@@ -37,6 +38,12 @@ const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Largest piece of a body that is handed to HTTP/2 at a time, so that it is
 /// seen whether the client takes the pieces.
 const PIECE: usize = 64 << 10;
+/// Bytes of a body that a connection's task gets in one turn, and what a piece
+/// counts besides its own: it is written by itself.
+const TURN: usize = 64 << 10;
+const PIECE_COST: usize = 4 << 10;
+/// How long one waits after its turn whose tenant is ahead of others.
+const PAUSE: Duration = Duration::from_millis(1);
 
 /// What answers requests.
 pub struct Front {
@@ -103,7 +110,7 @@ pub async fn answer(
         record.wants_no_body = is_bodiless(&parts.method, response.status());
     }
     let stall = link.is_h2.then(Stall::current).flatten();
-    Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), record, active }))
+    Ok(response.map(|kind| Body { kind, stall, rest: Bytes::new(), turn: 0, pause: None, record, active }))
 }
 
 /// Ties what the head of an HTTP/2 response costs to the head itself: one of its
@@ -225,6 +232,15 @@ impl Kind {
         }
     }
 
+    /// Whether it is made by an app whose tenant has had more than its part while
+    /// others want to compute.
+    fn is_ahead(&self) -> bool {
+        match self {
+            Kind::App(body) => body.is_ahead(),
+            Kind::Compressed(_) => false,
+        }
+    }
+
     fn is_end(&self) -> bool {
         match self {
             Kind::App(body) => body.is_end_stream(),
@@ -253,6 +269,10 @@ pub struct Body {
     stall: Option<Stall>,
     /// What is left of a piece that was too large (HTTP/2 only).
     rest: Bytes,
+    /// What the connection's task has got in its turn.
+    turn: usize,
+    /// It waits, since its tenant is ahead of others.
+    pause: Option<Pin<Box<Sleep>>>,
     record: Option<Box<Record>>,
     active: Active,
 }
@@ -267,7 +287,9 @@ impl Body {
             }
         }
         let most = if self.stall.is_some() { PIECE } else { usize::MAX };
-        Poll::Ready(Some(Ok(self.rest.split_to(self.rest.len().min(most)))))
+        let piece = self.rest.split_to(self.rest.len().min(most));
+        self.turn += piece.len() + PIECE_COST;
+        Poll::Ready(Some(Ok(piece)))
     }
 }
 
@@ -283,7 +305,24 @@ impl http_body::Body for Body {
         if let Some(stall) = &body.stall {
             stall.taken();
         }
-        let piece = ready!(body.poll_piece(context));
+        if body.turn >= TURN {
+            // Others' requests come first. hyper would go on for as long as the
+            // client takes it, a megabyte and more.
+            body.turn = 0;
+            if !body.kind.is_ahead() {
+                context.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            body.pause = Some(Box::pin(tokio::time::sleep(PAUSE)));
+        }
+        if let Some(pause) = &mut body.pause {
+            ready!(pause.as_mut().poll(context));
+            body.pause = None;
+        }
+        let Poll::Ready(piece) = body.poll_piece(context) else {
+            body.turn = 0;
+            return Poll::Pending;
+        };
         if let (Some(stall), Some(Ok(piece))) = (&body.stall, &piece) {
             stall.given();
             body.active.gives(piece.len());

@@ -547,6 +547,15 @@ impl ResponseBody {
         }
     }
 
+    /// Whether an app works on it whose tenant has had more than its part while others
+    /// want to compute.
+    pub fn is_ahead(&self) -> bool {
+        match self {
+            ResponseBody::Streaming(running) | ResponseBody::File(_, running) => running.share.is_ahead(),
+            ResponseBody::Complete { .. } | ResponseBody::Static(_) => false,
+        }
+    }
+
     /// What the tenant holds whose response it is, if it is not our own.
     pub fn footprint(&self) -> Option<&Arc<Footprint>> {
         match self {

@@ -497,7 +497,8 @@ impl Pool {
         }
         self.preparing.fetch_add(1, Ordering::Relaxed);
         let pool = Arc::clone(self);
-        tokio::spawn(async move {
+        // It is not what a request waits for.
+        self.grants.share.background().spawn(async move {
             let started = pool.start().await;
             pool.preparing.fetch_sub(1, Ordering::Relaxed);
             match started {

@@ -15,12 +15,17 @@
 //! does not depend on how many requests it has open.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
-use rustix::process::nice;
+use rustix::process::{getpriority_process, setpriority_process};
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use thread_priority::{
+    NormalThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue, ThreadSchedulePolicy,
+    set_thread_priority_and_policy, thread_native_id,
+};
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
 
@@ -59,6 +64,60 @@ const SLICE: u64 = 5_000;
 /// What the threads in the background are nicer by. Not more: it counts against
 /// all other processes, too.
 const NICENESS: i32 = 3;
+/// The same, or less, on the scale from 0 to 99 of the library that sets policies.
+const SOMEWHAT_NICE: u8 = 40;
+
+/// The threads on which requests begin, one for each processor.
+///
+/// # Errors
+///
+/// If they can not be started.
+pub fn foreground() -> std::io::Result<Runtime> {
+    // Not more than can run, so that they need not wait for each other.
+    let threads = processors().max(2);
+    let pins = Pins::new(threads);
+    Builder::new_multi_thread()
+        .worker_threads(threads)
+        // Polls between two looks at who has sent something: few, since a flood
+        // of others' requests makes each of them long.
+        .event_interval(8)
+        .on_thread_start(move || pins.iter().for_each(Pins::started))
+        .enable_all()
+        .build()
+}
+
+/// Keeps each of the threads on a processor of its own. Else the kernel wakes them
+/// where their wakers are, two on one processor, and one waits for the other's slice
+/// to end; while the other processor has guests of the background, which would give
+/// way at once.
+struct Pins {
+    processors: Vec<usize>,
+    all: CpuSet,
+    started: AtomicUsize,
+}
+
+impl Pins {
+    /// None if we have not all of each processor: then others' threads would be on
+    /// the same ones.
+    fn new(threads: usize) -> Option<Pins> {
+        let all = sched_getaffinity(None).ok()?;
+        let processors: Vec<_> = (0..CpuSet::MAX_CPU).filter(|processor| all.is_set(*processor)).collect();
+        (processors.len() == threads).then(|| Pins { processors, all, started: AtomicUsize::new(0) })
+    }
+
+    /// Called by each thread of the runtime: first by those that are meant, then by
+    /// those that wait for files and the like, and would inherit the place of who
+    /// started them.
+    fn started(&self) {
+        let own = self.processors.get(self.started.fetch_add(1, Ordering::Relaxed)).map(|processor| {
+            let mut own = CpuSet::new();
+            own.set(*processor);
+            own
+        });
+        // Where it is refused, the kernel chooses.
+        let _ = sched_setaffinity(None, own.as_ref().unwrap_or(&self.all));
+    }
+}
 
 /// The threads that are meant for guests that compute for long.
 ///
@@ -66,13 +125,20 @@ const NICENESS: i32 = 3;
 ///
 /// If they can not be started.
 pub fn background() -> std::io::Result<Runtime> {
+    let niceness = getpriority_process(None).unwrap_or(0) + NICENESS;
     Builder::new_multi_thread()
         // More than slots: one that waited for its client or a file finds a thread.
         .worker_threads(2 * processors())
         .thread_name("background")
-        .on_thread_start(|| {
-            // Where it is refused, they are like the others.
-            let _ = nice(NICENESS);
+        .on_thread_start(move || {
+            // They do not interrupt others when they wake up (sched(7)). Where any of
+            // this is refused, they are like the others.
+            let batch = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Batch);
+            let _ = ThreadPriorityValue::try_from(SOMEWHAT_NICE).map(|nice| {
+                let nice = ThreadPriority::Crossplatform(nice);
+                set_thread_priority_and_policy(thread_native_id(), nice, batch)
+            });
+            let _ = setpriority_process(None, niceness);
         })
         .enable_all()
         .build()

@@ -2,7 +2,9 @@
 //!
 //! Everything that can be wrong is found before the first socket is bound.
 
+use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,7 +28,7 @@ use crate::listener::{self, Address, Inherited, Listener};
 use crate::machine;
 use crate::pool::Pools;
 use crate::sandbox::{self, Paths, Sandbox};
-use crate::scheduler::{self, Scheduler, processors};
+use crate::scheduler::{self, Scheduler};
 use crate::state::{State, StateFile};
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
@@ -49,6 +51,7 @@ const MAX_RESERVE: u32 = 8192;
 ///
 /// A [`UserError`] if an app or an option is not usable, else what failed.
 pub fn run(args: &ServeArgs) -> Result<()> {
+    without_backtraces();
     // First of all, since it changes the environment.
     let inherited = listener::inherited()?;
     let cache = Cache::open()?;
@@ -70,16 +73,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
         .context("failed to reserve memory for the instances")?;
     // Before the first thread: not all of it reaches those that run already.
     sandbox::apply(args.sandbox, &paths_in_use(args, &plan, &state.get(), &cache, &addresses)?)?;
-    let runtime = tokio::runtime::Builder::new_multi_thread()
-        // Not more than can run, so that they need not wait for each other.
-        // What computes for long does so elsewhere: see `scheduler`.
-        .worker_threads(processors().max(2))
-        // Polls between two looks at who has sent something: few, since a flood
-        // of others' requests makes each of them long.
-        .event_interval(8)
-        .enable_all()
-        .build()
-        .context("failed to start the runtime")?;
+    // What computes for long does so elsewhere: see `scheduler`.
+    let runtime = scheduler::foreground().context("failed to start the runtime")?;
     let background = scheduler::background().context("failed to start the threads for guests")?;
     let scheduler = Scheduler::new(Some(background.handle().clone()));
     let guests = Arc::clone(&scheduler);
@@ -158,6 +153,7 @@ fn connection_limits(http: &HttpArgs) -> ConnectionLimits {
         },
         streams: http.http2_streams,
         resets: http.http2_resets.into(),
+        lingerers: connection::lingerers(),
     }
 }
 
@@ -453,6 +449,21 @@ async fn serve(server: Server, addresses: &[Address], inherited: Vec<Inherited>,
     }
 }
 
+/// Starts this program anew if the environment asks for backtraces of errors: an app
+/// that fails all the time would have us make one each time, which takes longer than
+/// most requests, and under a lock. Those of panics stay.
+fn without_backtraces() {
+    let asks = |name| std::env::var_os(name).is_some_and(|value| value != "0");
+    if std::env::var_os("RUST_LIB_BACKTRACE").is_some() || !asks("RUST_BACKTRACE") {
+        return;
+    }
+    let error = std::env::current_exe().map(|binary| {
+        Command::new(binary).args(std::env::args_os().skip(1)).env("RUST_LIB_BACKTRACE", "0").exec()
+    });
+    let (Ok(error) | Err(error)) = error;
+    tracing::warn!("errors are slow with RUST_BACKTRACE, and we can not start without: {error}");
+}
+
 /// The line that says where we listen: the one thing on standard output.
 #[expect(clippy::print_stdout, reason = "a program that starts us reads the port from here")]
 fn announce(line: &str) {
@@ -474,6 +485,9 @@ async fn accept(server: Arc<Server>, listener: Listener, mut stopping: watch::Re
             Ok(accepted) => tokio::select! {
                 Ok(permit) = place() => {
                     tokio::spawn(converse(Arc::clone(&server), accepted, permit, stopping.clone()));
+                    // One at a time: a flood of them waits in the kernel's queue,
+                    // not in ours before other requests.
+                    tokio::task::yield_now().await;
                 }
                 () = connection::stopped(&mut stopping) => {
                     converse_later(&server, accepted, &stopping);

@@ -77,3 +77,45 @@ fn a_tenant_without_budget_gets_a_lower_share() {
     let parts = parts(["", "limits = { cpu_per_minute = \"100ms\" }"], [1, 6]);
     assert!(parts[1] < 0.25, "{parts:?}");
 }
+
+#[test]
+fn threads_have_the_places_that_their_work_needs() {
+    let server = Server::start("behaviours", &[]);
+    assert_eq!(server.get("/hello").status, 200);
+    let fields = |stat: &str| {
+        let (_, fields) = stat.rsplit_once(')').unwrap();
+        fields.split_ascii_whitespace().map(|field| field.parse().unwrap_or(0)).collect::<Vec<i64>>()
+    };
+    let niceness = fields(&std::fs::read_to_string("/proc/self/stat").unwrap())[16];
+    let (mut foreground, mut background) = (Vec::new(), 0);
+    for task in std::fs::read_dir(format!("/proc/{}/task", server.id())).unwrap() {
+        let task = task.unwrap().path();
+        let read = |name: &str| std::fs::read_to_string(task.join(name)).unwrap();
+        // proc_pid_stat(5): behind the name, the 17th is the nice value and the 39th the policy.
+        let stat = fields(&read("stat"));
+        let status = read("status");
+        let processors = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t")).unwrap();
+        match read("comm").trim() {
+            "background" => {
+                assert_eq!((stat[16], stat[38]), (niceness + 3, 3), "not nicer, or not SCHED_BATCH");
+                background += 1;
+            }
+            "tokio-rt-worker" => foreground.push(processors.to_owned()),
+            _ => {}
+        }
+    }
+    assert!(background > 0);
+    let own = std::fs::read_to_string("/proc/self/status").unwrap();
+    let all = own.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t")).unwrap();
+    let processors = std::thread::available_parallelism().unwrap().get();
+    if processors < 2 || all != format!("0-{}", processors - 1) {
+        eprintln!(
+            "not looked at: which processors threads stay on, for a quota leaves less than all of them"
+        );
+    } else {
+        for processor in 0..processors {
+            assert!(foreground.contains(&processor.to_string()), "{foreground:?}");
+        }
+    }
+    server.finish();
+}

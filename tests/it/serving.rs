@@ -321,3 +321,27 @@ fn commands_run_in_the_sandbox() {
     let output = child.wait_with_output().unwrap();
     assert_eq!(String::from_utf8_lossy(&output.stdout), "FROM STDIN\n");
 }
+
+#[test]
+fn errors_cost_no_backtraces_whatever_the_environment_says() {
+    let environment = |server: &Server| {
+        let text = std::fs::read_to_string(format!("/proc/{}/environ", server.id())).unwrap();
+        text.split('\0').map(str::to_owned).collect::<Vec<_>>()
+    };
+    let start = |backtraces: Option<&str>| {
+        let mut command = wsgi_wasm();
+        command.arg("serve").arg(guest("behaviours")).args(["--bind", "127.0.0.1:0"]);
+        command.env("RUST_BACKTRACE", "1").env_remove("RUST_LIB_BACKTRACE");
+        command.envs(backtraces.map(|value| ("RUST_LIB_BACKTRACE", value)));
+        let server = Server::spawn(&mut command);
+        assert_eq!(server.get("/hello").status, 200);
+        server
+    };
+    let server = start(None);
+    assert!(environment(&server).contains(&"RUST_LIB_BACKTRACE=0".to_owned()));
+    server.finish();
+    // Who wants them has them.
+    let server = start(Some("1"));
+    assert!(environment(&server).contains(&"RUST_LIB_BACKTRACE=1".to_owned()));
+    server.finish();
+}

@@ -31,6 +31,7 @@ async fn converse(pieces: Vec<Vec<u8>>, buffer: usize) -> (Vec<Seen>, Vec<u8>, b
         head: LIMITS,
         streams: 1,
         resets: 1,
+        lingerers: lingerers(),
     };
     let link = Link::new(false, u64::MAX, Connection::default(), false);
     let (ours, theirs) = tokio::io::duplex(buffer);
