@@ -51,7 +51,7 @@ const MAX_FILES: usize = 100_000;
 const MAX_BYTES: u64 = 1 << 30;
 
 /// Rises when the same project gives another file.
-const STEPS: u32 = 2;
+const STEPS: u32 = 3;
 
 /// The program that is at work for us.
 static RUNNING: Mutex<Option<Pid>> = Mutex::new(None);
