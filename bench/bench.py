@@ -105,7 +105,7 @@ class Run:
                 # Some requests at least, however long they take.
                 while time.perf_counter() < end or warm < 3:
                     if self.warmup >= 1:
-                        load(server, workload.path, workload.method, workload.upload, connections, 1)
+                        load(server, workload.path, workload.method, workload.upload, connections, self.seconds)
                         warm += 3
                     else:
                         server.wait_for(workload.path, workload.method, body)
