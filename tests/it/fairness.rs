@@ -107,7 +107,7 @@ fn threads_have_the_places_that_their_work_needs() {
     assert!(background > 0);
     let own = std::fs::read_to_string("/proc/self/status").unwrap();
     let all = own.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t")).unwrap();
-    let processors = std::thread::available_parallelism().unwrap().get();
+    let processors = available_parallelism().unwrap().get();
     if processors < 2 || all != format!("0-{}", processors - 1) {
         eprintln!(
             "not looked at: which processors threads stay on, for a quota leaves less than all of them"
