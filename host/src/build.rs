@@ -426,7 +426,8 @@ impl Work<'_> {
             [read_packed(&python)?, read_packed(&site)?, PackedLayer::pack(Layer::App, &scratch.app())?];
         let packages: Vec<Package> = serde_json::from_slice(&fs::read(site.join("packages.json"))?)?;
         let mut manifest = Manifest {
-            component: Some(cache::sha256(&component)),
+            // When it is complete.
+            component: None,
             format: MANIFEST_FORMAT,
             application: report.application,
             python: report.python,

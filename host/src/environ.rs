@@ -27,6 +27,23 @@ pub struct Connection {
     pub client_certificate: Option<String>,
 }
 
+/// The variables of a request of our own for `path`, as of nobody's.
+///
+/// # Errors
+///
+/// [`Failure::BadRequest`] if `path` can not be asked for.
+pub fn of_our_own(path: &str) -> Result<Vec<u8>, Failure> {
+    let request = http::Request::get(path).header(header::HOST, "localhost").body(());
+    let (parts, ()) = request.map_err(|_| Failure::BadRequest("the path is not valid"))?.into_parts();
+    let connection = Connection {
+        server_name: "localhost".into(),
+        server_port: "80".into(),
+        peer: None,
+        ..Connection::default()
+    };
+    environ(&parts, &connection, "")
+}
+
 /// `prefix` as PEP 3333 wants a `SCRIPT_NAME`: empty for the root, else with
 /// a slash at its start and none at its end. None if it is no plain path.
 pub fn script_name(prefix: &str) -> Option<&str> {

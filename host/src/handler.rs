@@ -14,7 +14,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::header::{self, HeaderValue};
-use http::{Method, Request, Response, StatusCode, Version};
+use http::{Method, Response, StatusCode, Version};
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 use tokio::sync::mpsc;
@@ -80,15 +80,7 @@ pub struct App {
 /// Why there was no response.
 pub async fn probe(app: &Arc<App>, path: &str) -> Result<u16, Failure> {
     let id = RequestId::next();
-    let request = Request::get(path).header(header::HOST, "localhost").body(());
-    let (parts, ()) = request.map_err(|_| Failure::BadRequest("the path is not valid"))?.into_parts();
-    let connection = Connection {
-        server_name: "localhost".into(),
-        server_port: "80".into(),
-        peer: None,
-        ..Connection::default()
-    };
-    let environ = environ::environ(&parts, &connection, "")?;
+    let environ = environ::of_our_own(path)?;
     let observer = Observer { tenant: None, id, method: Method::GET };
     let held = app.footprint.hold(environ.len() as u64);
     let input = Input { environ, inline: Bytes::new(), held, body: RequestBody::empty(), hints: None };

@@ -15,7 +15,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use http::{Method, Request, header};
+use http::Method;
 use tokio::sync::mpsc;
 
 use crate::app;
@@ -24,7 +24,7 @@ use crate::cache::{CACHE_VARIABLE, Cache};
 use crate::cli::WrittenPagesArgs;
 use crate::code;
 use crate::engine::{self, EpochTicker};
-use crate::environ::{self, Connection};
+use crate::environ;
 use crate::exchange::{Exchange, RequestBody};
 use crate::guest_log::Printable;
 use crate::handler::RequestLimits;
@@ -120,16 +120,7 @@ pub fn run(args: &WrittenPagesArgs) -> Result<()> {
 
 /// Lets the instance answer a request. What it answers does not matter.
 async fn ask(instance: &mut Instance, grants: &Grants, path: &str) -> Result<()> {
-    let request = Request::get(path).header(header::HOST, "localhost").body(())?;
-    let (parts, ()) = request.into_parts();
-    let connection = Connection {
-        server_name: "localhost".into(),
-        server_port: "80".into(),
-        peer: None,
-        ..Connection::default()
-    };
-    let environ =
-        environ::environ(&parts, &connection, "").map_err(|failure| anyhow::anyhow!("{failure}"))?;
+    let environ = environ::of_our_own(path).map_err(|failure| anyhow::anyhow!("{failure}"))?;
     let limits = RequestLimits {
         body: 0,
         response: u64::MAX,
