@@ -60,12 +60,16 @@ def pyplot(**settings):
 
 
 class Server:
-    """A server's processes, from start to end. Use it in a `with` block."""
+    """A server's processes, from start to end. Use it in a `with` block.
+
+    In a session of its own, the kernel may give it as much of a processor as all
+    other processes together (autogroups, see sched(7)); else each thread counts.
+    """
 
     # Those that run, so that none is left behind whatever happens.
     running = set()
 
-    def __init__(self, command, port, cores, log, environment=None, directory=None):
+    def __init__(self, command, port, cores, log, environment=None, directory=None, own_session=True):
         self.port = port
         self.log = Path(log)
         self.log.parent.mkdir(parents=True, exist_ok=True)
@@ -79,8 +83,9 @@ class Server:
                 # Backtraces of errors are for those who look for a bug.
                 env={**os.environ, "RUST_BACKTRACE": "0", **(environment or {})},
                 cwd=directory,
-                # The session tells which processes belong to it.
-                start_new_session=True,
+                # The group tells which processes belong to it.
+                process_group=None if own_session else 0,
+                start_new_session=own_session,
                 preexec_fn=lambda: os.sched_setaffinity(0, cores),
             )
         Server.running.add(self)
@@ -148,7 +153,7 @@ class Server:
                     fields = Path("/proc", entry, "stat").read_text().rpartition(")")[2].split()
                 except OSError:
                     continue
-                if int(fields[3]) == self.process.pid:
+                if int(fields[2]) == self.process.pid:
                     yield entry, fields
 
     def processor_seconds(self):

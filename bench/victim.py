@@ -13,6 +13,7 @@ server leaves.
 """
 
 import argparse
+import asyncio
 import contextlib
 import itertools
 import json
@@ -36,9 +37,6 @@ HOSTILE = ROOT / "tests/hostile"
 VICTIM, ATTACKER = "victim.example", "attacker.example"
 # Connections that attack at a time: as many as a tenant has instances.
 ATTACKERS = 16
-# Where a thread's connections come from. They stand for different machines: from
-# one address, ports would run out.
-SOURCE = threading.local()
 
 
 # === What the victim gets ===
@@ -116,118 +114,111 @@ def read_response(sock):
 
 def repeat(path):
     """Asks for `path`, reads the answer, asks again."""
-
-    def attack(port, over, count):
-        request = f"GET {path} HTTP/1.1\r\nHost: {ATTACKER}\r\nConnection: close\r\n\r\n".encode()
-        while not over.is_set():
-            with connected(port, over) as sock:
-                sock.sendall(request)
-                drain(sock)
-            count()
-
-    return attack
+    return exchange(f"GET {path} HTTP/1.1\r\nHost: {ATTACKER}\r\nConnection: close\r\n\r\n".encode())
 
 
 def post(body):
     """The same with a body, for the raw guest."""
+    head = f"POST / HTTP/1.1\r\nHost: {ATTACKER}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    return exchange(head.encode() + body)
 
-    def attack(port, over, count):
-        head = f"POST / HTTP/1.1\r\nHost: {ATTACKER}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-        while not over.is_set():
-            with connected(port, over) as sock:
-                sock.sendall(head.encode() + body)
-                drain(sock)
-            count()
+
+def exchange(request):
+    """Sends `request` on a connection of its own, and takes what comes, to its end."""
+
+    async def attack(connect, count):
+        async with connect() as (reader, writer):
+            writer.write(request)
+            await drain(reader)
+        count()
 
     return attack
 
 
 def keep_alive(path):
     """As fast as it goes, on connections that stay."""
+    request = f"GET {path} HTTP/1.1\r\nHost: {ATTACKER}\r\n\r\n".encode()
 
-    def attack(port, over, count):
-        request = f"GET {path} HTTP/1.1\r\nHost: {ATTACKER}\r\n\r\n".encode()
-        while not over.is_set():
-            with connected(port, over) as sock:
-                while not over.is_set():
-                    sock.sendall(request)
-                    _, closes = read_response(sock)
-                    count()
-                    if closes:
-                        break
+    async def attack(connect, count):
+        async with connect() as (reader, writer):
+            closes = False
+            while not closes:
+                writer.write(request)
+                head = (await reader.readuntil(b"\r\n\r\n")).lower()
+                closes = b"\r\nconnection: close" in head
+                _, _, length = head.partition(b"\r\ncontent-length: ")
+                await reader.readexactly(int(length.split(b"\r")[0]))
+                count()
 
     return attack
 
 
-def endless_body(port, over, count):
+async def endless_body(connect, count):
     """Sends a body that does not end, as slowly as is just allowed."""
     head = f"POST /read-slowly HTTP/1.1\r\nHost: {ATTACKER}\r\nTransfer-Encoding: chunked\r\n\r\n"
-    while not over.is_set():
-        with connected(port, over) as sock:
-            sock.sendall(head.encode())
-            while not over.is_set():
-                sock.sendall(b"1\r\nx\r\n" * 100)
-                time.sleep(0.02)
-                count()
-
-
-def slow_reader(port, over, count):
-    """Takes a response that does not end a little at a time."""
-    with connected(port, over) as sock:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        sock.sendall(f"GET /endless?100000 HTTP/1.1\r\nHost: {ATTACKER}\r\n\r\n".encode())
-        while not over.is_set() and sock.recv(1000):
-            time.sleep(0.05)
+    async with connect() as (_, writer):
+        writer.write(head.encode())
+        while True:
+            writer.write(b"1\r\nx\r\n" * 100)
+            await writer.drain()
+            await asyncio.sleep(0.02)
             count()
 
 
-def headers(port, over, count):
+async def slow_reader(connect, count):
+    """Takes a response that does not end a little at a time."""
+    async with connect() as (reader, writer):
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        writer.write(f"GET /endless?100000 HTTP/1.1\r\nHost: {ATTACKER}\r\n\r\n".encode())
+        while await reader.read(1000):
+            await asyncio.sleep(0.05)
+            count()
+
+
+async def headers(connect, count):
     """Heads as large as they may be, and larger."""
     field = b"X-Header-%d: " + b"x" * 250 + b"\r\n"
     fields = b"".join(field % number for number in range(95))
     request = f"GET /hello HTTP/1.1\r\nHost: {ATTACKER}\r\n".encode() + fields
-    for ends in itertools.cycle([b"\r\n", field * 10 + b"\r\n"]):
-        if over.is_set():
-            break
-        with connected(port, over) as sock:
-            sock.sendall(request + ends)
-            sock.shutdown(socket.SHUT_WR)
-            drain(sock)
+    for ends in (b"\r\n", field * 10 + b"\r\n"):
+        async with connect() as (reader, writer):
+            writer.write(request + ends)
+            writer.write_eof()
+            await drain(reader)
         count()
 
 
-def trailers(port, over, count):
+async def trailers(connect, count):
     """Trailers of a megabyte behind a body of nothing."""
     head = f"POST /read-slowly HTTP/1.1\r\nHost: {ATTACKER}\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
-    request = head.encode() + b"X-Trailer: x\r\n" * 70_000 + b"\r\n"
-    while not over.is_set():
-        with connected(port, over) as sock:
-            sock.sendall(request)
-            drain(sock)
-        count()
+    async with connect() as (reader, writer):
+        writer.write(head.encode())
+        for _ in range(100):
+            writer.write(b"X-Trailer: x\r\n" * 700)
+            await writer.drain()
+            give_way()
+        writer.write(b"\r\n")
+        await drain(reader)
+    count()
 
 
-def connections(port, over, count):
+async def connections(connect, count):
     """Connects and leaves, in the middle of a head."""
-    while not over.is_set():
-        with connected(port, over) as sock:
-            sock.sendall(b"GET / HT")
-        count()
+    async with connect() as (_, writer):
+        writer.write(b"GET / HT")
+    count()
 
 
-@contextlib.contextmanager
-def connected(port, over):
-    """A connection; what breaks it is part of the game."""
-    try:
-        with socket.create_connection(("127.0.0.1", port), 60, SOURCE.address) as sock:
-            yield sock
-    except OSError:
-        over.wait(0.001)
+async def drain(reader):
+    while await reader.read(65536):
+        give_way()
 
 
-def drain(sock):
-    while sock.recv(65536):
-        pass
+def give_way():
+    """Lets the server go on. The kernel looks at whose turn it is only when one
+    sleeps, at its tick, or here: before, the idlest thread has some milliseconds
+    each time that another was preempted by the one that measures."""
+    os.sched_yield()
 
 
 def order(operation, first=0, length=0, times=1, number=0):
@@ -279,29 +270,49 @@ ATTACKS = {
 
 
 def attack(name, port, over, total):
-    """The attacker's client: a process of its own. It stands for other machines,
-    so that it gets what the server leaves."""
+    """The attacker's client: a process of its own. It stands for other machines, so
+    that it gets what the server leaves.
+
+    It has one thread, which counts among the server's threads, see `Server`: the
+    kernel owes each thread that waited for long some milliseconds of a processor,
+    however idle it is to be, and so many threads a tenth of a second.
+    """
     os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    act = ATTACKS[name][1]
-    done = [0] * ATTACKERS
+    done = 0
 
-    def work(index):
-        SOURCE.address = (f"127.0.1.{index + 1}", 0)
+    def count():
+        nonlocal done
+        done += 1
+        give_way()
 
-        def count():
-            done[index] += 1
+    async def work(index):
+        @contextlib.asynccontextmanager
+        async def connect():
+            # From an address of its own: from a single one, ports would run out.
+            source = (f"127.0.1.{index + 1}", 0)
+            give_way()
+            streams = await asyncio.open_connection("127.0.0.1", port, local_addr=source, limit=4096)
+            try:
+                yield streams
+            finally:
+                streams[1].close()
 
-        while not over.is_set():
-            with contextlib.suppress(OSError):
-                act(port, over, count)
+        while True:
+            try:
+                await ATTACKS[name][1](connect, count)
+            except (OSError, EOFError):
+                # What breaks it is part of the game.
+                await asyncio.sleep(0.001)
 
-    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(ATTACKERS)]
-    for thread in threads:
-        thread.start()
-    over.wait()
-    total.value += sum(done)
-    # Its threads may be in the middle of a read.
-    os._exit(0)
+    async def all_of_them():
+        tasks = [asyncio.create_task(work(index)) for index in range(ATTACKERS)]
+        await asyncio.to_thread(over.wait)
+        total.value += done
+        del tasks
+        # In the middle of what it does.
+        os._exit(0)
+
+    asyncio.run(all_of_them())
 
 
 # === The server ===
@@ -391,7 +402,7 @@ def run(args, apps, name):
     rounds = {"idle": [], "hostile": []}
     attacks = 0
     try:
-        with Server(command, port, os.sched_getaffinity(0), log) as server:
+        with Server(command, port, os.sched_getaffinity(0), log, own_session=False) as server:
             server.wait_for("/", host=VICTIM)
             for _ in range(50):
                 server.get("/", host=VICTIM)
