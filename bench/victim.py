@@ -269,11 +269,11 @@ ATTACKS = {
 }
 
 
-def attack(name, port, over, total):
-    """The attacker's client: a process of its own. It stands for other machines, so
-    that it gets what the server leaves.
+def attack(name, port, over, total, connections):
+    """One of the attacker's clients, for some of its connections. They stand for other
+    machines, so that they get what the server leaves.
 
-    It has one thread, which counts among the server's threads, see `Server`: the
+    Each has one thread, which counts among the server's threads, see `Server`: the
     kernel owes each thread that waited for long some milliseconds of a processor,
     however idle it is to be, and so many threads a tenth of a second.
     """
@@ -305,9 +305,10 @@ def attack(name, port, over, total):
                 await asyncio.sleep(0.001)
 
     async def all_of_them():
-        tasks = [asyncio.create_task(work(index)) for index in range(ATTACKERS)]
+        tasks = [asyncio.create_task(work(index)) for index in connections]
         await asyncio.to_thread(over.wait)
-        total.value += done
+        with total.get_lock():
+            total.value += done
         del tasks
         # In the middle of what it does.
         os._exit(0)
@@ -409,16 +410,19 @@ def run(args, apps, name):
             for _ in range(args.rounds):
                 rounds["idle"].append(measure(args, port, spawn))
                 over, total = spawn.Event(), spawn.Value("L")
-                attacker = None
-                if ATTACKS[name][1]:
-                    attacker = spawn.Process(target=attack, args=(name, port, over, total))
+                clients = range(os.cpu_count() if ATTACKS[name][1] else 0)
+                attackers = [
+                    spawn.Process(target=attack, args=(name, port, over, total, range(ATTACKERS)[client :: len(clients)]))
+                    for client in clients
+                ]
+                for attacker in attackers:
                     attacker.start()
-                    time.sleep(1)
+                time.sleep(1)
                 used = server.processor_seconds()
                 rounds["hostile"].append(measure(args, port, spawn))
                 rounds["hostile"][-1]["cpu"] = (server.processor_seconds() - used) / args.seconds
                 over.set()
-                if attacker:
+                for attacker in attackers:
                     attacker.join()
                 attacks += total.value
                 # What is still at work comes to its end.

@@ -437,7 +437,12 @@ impl Running {
             return Poll::Pending;
         };
         let mut polled = call.as_mut().poll(context);
-        if polled.is_pending() && !self.is_in_background && scheduler::is_long(self.clock.cpu_used()) {
+        // Also if its tenant is ahead only since this request began: many that begin
+        // together would have all of this thread's time until each of them is long.
+        if polled.is_pending()
+            && !self.is_in_background
+            && (scheduler::is_long(self.clock.cpu_used()) || self.share.is_ahead())
+        {
             self.go_on_in_background();
             polled = self.call.as_mut().map_or(Poll::Pending, |call| call.as_mut().poll(context));
         }

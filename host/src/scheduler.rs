@@ -3,7 +3,7 @@
 //! Each tenant has a virtual time: the processor time that it had, divided by
 //! its weight. What it would be if all that are active had shared equally is the
 //! virtual time of the scheduler (that of generalized processor sharing). A
-//! tenant that had more than that, while others want to compute, is ahead.
+//! tenant that had more than that lately, while others want to compute, is ahead.
 //!
 //! There are two kinds of threads. On those of the runtime a request starts at
 //! once; they are for requests that are soon done. A request that computes for
@@ -43,6 +43,10 @@ const HEAD_START: u64 = 5_000 * SCALE;
 /// others' parts since they did not, has saved nothing up and owes nothing.
 const CREDIT: u64 = 200_000 * SCALE;
 
+/// The same for who is ahead: nothing is owed, and little is remembered. A tenant
+/// may have saved up for a burst of requests; those of others come between all the same.
+const LEAD: u64 = 20_000 * SCALE;
+
 /// How much slower a tenant without budget goes.
 const PENALTY: u64 = 10;
 
@@ -51,20 +55,21 @@ const LINGER: u64 = 10_000_000;
 
 /// Microseconds after which is looked at who is still active, and how busy the
 /// processors are.
-const SURVEY: u64 = 20_000;
+const SURVEY: u64 = 5_000;
 
-/// The part of the processors' time that guests use when they are busy: the
-/// host's own work takes as much again.
+/// One part in so many of the processors' time is what guests use at least when the
+/// processors are busy: the host's own work takes as much again.
 const BUSY: u64 = 3;
 
 /// Processor time for which a slot is good, and after which a request goes on in
 /// the background. Shorter slices cost more switches than they gain in latency.
 const SLICE: u64 = 5_000;
 
-/// What the threads in the background are nicer by. Not more: it counts against
-/// all other processes, too.
-const NICENESS: i32 = 3;
-/// The same, or less, on the scale from 0 to 99 of the library that sets policies.
+/// What the threads in the background are nicer by: one of the foreground has fourteen
+/// times as much. It counts among the threads of a control group or session, so not
+/// against other services.
+const NICENESS: i32 = 12;
+/// Less than that, on the scale from 0 to 99 of the library that sets policies.
 const SOMEWHAT_NICE: u8 = 40;
 
 /// The threads on which requests begin, one for each processor.
@@ -150,6 +155,8 @@ pub struct Share {
     scheduler: Arc<Scheduler>,
     weight: u64,
     virtual_time: AtomicU64,
+    /// The same, with what was before the last milliseconds forgotten.
+    recent_time: AtomicU64,
     /// Processor time in microseconds, ever.
     used: AtomicU64,
     /// When it last wanted to compute, in the scheduler's microseconds.
@@ -187,6 +194,7 @@ impl Share {
             scheduler: Arc::clone(scheduler),
             weight: u64::from(weight.max(1)),
             virtual_time: AtomicU64::new(0),
+            recent_time: AtomicU64::new(0),
             used: AtomicU64::new(0),
             seen_at: AtomicU64::new(0),
             is_active: AtomicBool::new(false),
@@ -209,10 +217,12 @@ impl Share {
         let scheduler = &*self.scheduler;
         let active_weight = scheduler.active_weight.load(Ordering::Relaxed).max(self.weight);
         let part = scaled / active_weight;
-        let most = scheduler.virtual_time.fetch_add(part, Ordering::Relaxed) + part + CREDIT;
+        let now = scheduler.virtual_time.fetch_add(part, Ordering::Relaxed) + part;
         let own = scaled / self.weight;
-        if self.virtual_time.fetch_add(own, Ordering::Relaxed) + own > most {
-            self.virtual_time.fetch_min(most, Ordering::Relaxed);
+        for (time, most) in [(&self.virtual_time, now + CREDIT), (&self.recent_time, now + LEAD)] {
+            if time.fetch_add(own, Ordering::Relaxed) + own > most {
+                time.fetch_min(most, Ordering::Relaxed);
+            }
         }
         scheduler.survey(scheduler.now(), microseconds);
     }
@@ -227,13 +237,13 @@ impl Share {
         (done, Duration::from_micros(spent))
     }
 
-    /// Whether the tenant has had more than its part while others want to compute.
+    /// Whether the tenant has had more than its part lately, while others want to compute.
     pub fn is_ahead(self: &Arc<Self>) -> bool {
         self.see();
         let scheduler = &*self.scheduler;
         scheduler.active_weight.load(Ordering::Relaxed) > self.weight
             && (scheduler.is_busy.load(Ordering::Relaxed) || scheduler.is_contended.load(Ordering::Relaxed))
-            && self.virtual_time.load(Ordering::Relaxed)
+            && self.recent_time.load(Ordering::Relaxed)
                 > scheduler.virtual_time.load(Ordering::Relaxed).saturating_add(HEAD_START)
     }
 
@@ -275,6 +285,7 @@ impl Share {
         }
         let now = scheduler.virtual_time.load(Ordering::Relaxed);
         self.virtual_time.fetch_max(now.saturating_sub(owed), Ordering::Relaxed);
+        self.recent_time.fetch_max(now, Ordering::Relaxed);
     }
 
     /// Processor time used, ever.
@@ -417,8 +428,12 @@ impl Scheduler {
             return;
         }
         self.charged.fetch_sub(charged, Ordering::Relaxed);
-        self.is_busy
-            .store(charged.saturating_mul(BUSY) >= passed.saturating_mul(self.slots), Ordering::Relaxed);
+        let enough = passed.saturating_mul(self.slots) / BUSY;
+        self.is_busy.store(charged >= enough, Ordering::Relaxed);
+        // What nobody wanted is as good as shared.
+        let unused = enough.saturating_sub(charged).saturating_mul(SCALE);
+        let active_weight = self.active_weight.load(Ordering::Relaxed).max(1);
+        self.virtual_time.fetch_add(unused / active_weight, Ordering::Relaxed);
         let mut state = self.lock();
         state.waiting.retain(|(share, sender)| {
             share.seen_at.store(now, Ordering::Relaxed);
@@ -692,6 +707,27 @@ mod tests {
         assert_eq!((now(), idle.virtual_time.load(Ordering::Relaxed)), (90_000_000 * SCALE, now() - CREDIT));
         // Nor does the other one have to pay for what nobody else wanted.
         assert_eq!(busy.virtual_time.load(Ordering::Relaxed), now() + CREDIT);
+        assert_eq!(busy.recent_time.load(Ordering::Relaxed), now() + LEAD);
+    }
+
+    #[test]
+    fn what_nobody_wanted_is_as_good_as_shared() {
+        let [one, other] = shares(2, [1, 1]);
+        let scheduler = &one.scheduler;
+        one.see();
+        other.see();
+        one.charge(20_000);
+        let lead = || {
+            let now = scheduler.virtual_time.load(Ordering::Relaxed);
+            one.recent_time.load(Ordering::Relaxed).saturating_sub(now)
+        };
+        assert_eq!(lead(), 10_000 * SCALE);
+        // A third of two processors for 15 ms, for two tenants.
+        scheduler.charged.store(0, Ordering::Relaxed);
+        scheduler.survey(scheduler.surveyed_at.load(Ordering::Relaxed) + 15_000, 0);
+        assert_eq!(lead(), 5_000 * SCALE);
+        scheduler.survey(scheduler.surveyed_at.load(Ordering::Relaxed) + 60_000, 0);
+        assert_eq!(lead(), 0);
     }
 
     #[test]
@@ -712,6 +748,11 @@ mod tests {
         assert!(!greedy.is_ahead(), "it is by chance");
         charge(8_000);
         assert!(greedy.is_ahead() && !quiet.is_ahead());
+        // Nor does it help to have wanted nothing before.
+        let now = scheduler.virtual_time.fetch_add(CREDIT, Ordering::Relaxed) + CREDIT;
+        assert!(!greedy.is_ahead());
+        charge(12_000);
+        assert!(greedy.is_ahead() && greedy.virtual_time.load(Ordering::Relaxed) < now);
         scheduler.is_busy.store(false, Ordering::Relaxed);
         assert!(!greedy.is_ahead(), "there is room for all");
         // Who has gone away wants nothing.
