@@ -14,8 +14,8 @@
 //! invite hash flooding. On one machine the cache gives the same file.
 
 mod adapter;
-mod immortal;
 mod owned_lists;
+mod patch;
 mod target;
 mod toolchain;
 mod vendor;
@@ -51,7 +51,7 @@ const MAX_FILES: usize = 100_000;
 const MAX_BYTES: u64 = 1 << 30;
 
 /// Rises when the same project gives another file.
-const STEPS: u32 = 3;
+const STEPS: u32 = 4;
 
 /// The program that is at work for us.
 static RUNNING: Mutex<Option<Pid>> = Mutex::new(None);
@@ -389,8 +389,14 @@ impl Work<'_> {
         )?;
         let mut component = owned_lists::free_lowered_lists(&component)
             .context("failed to patch the bindings that componentize-py made")?;
-        let objects = fs::read(scratch.work().join("objects.bin")).context("the guest told of no objects")?;
-        immortal::make_immortal(&mut component, &objects).context("failed to patch the snapshot")?;
+        let told = |name: &str| {
+            fs::read(scratch.work().join(name)).with_context(|| format!("the guest has written no `{name}`"))
+        };
+        patch::make_immortal(&mut component, &told("objects.bin")?)
+            .and_then(|()| patch::borrow_constants(&mut component, &told("constants.bin")?))
+            .and_then(|()| patch::renew_code(&mut component, &told("versions.bin")?))
+            .and_then(|()| patch::gather_code(&mut component, &told("code.bin")?))
+            .context("failed to patch the snapshot")?;
         for request in &report.warmup {
             let status = request.status.map_or("no response".into(), |status| status.to_string());
             self.progress.step(&format!(

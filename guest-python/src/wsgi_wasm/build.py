@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
@@ -96,11 +96,14 @@ def main(
         # The whole story is in the report.
         raise BuildFailed(str(error)) from None
     _write_report(scratch, {"ok": True, **report, "seconds": stages.seconds})
+    return application
+
+
+def settle(application: wsgi.Application) -> None:
+    """Arranges the memory for the snapshot, which is made when this returns."""
     # The allocator of other platforms has other habits.
     if application is not _no_application and sys.platform == "wasi":
-        del report, stages, task
-        image.settle(scratch)
-    return application
+        image.settle(SCRATCH)
 
 
 def compile_tree(root: str, origin: str) -> None:
@@ -171,12 +174,14 @@ def _build_application(
             importlib.import_module(name)
     warnings: list[str] = []
     with stages.stage("warmup"):
+        with image.watching():
+            _rehearse(rehearse, 1)
         report["warmup"] = warm_up(application, task.get("warmup") or (), warnings)
     with stages.stage("freeze"):
         kdf.building = False
         report["warnings"] = warnings
         warnings += snapshot.freeze()
-        _rehearse(rehearse)
+        _rehearse(rehearse, _REHEARSALS)
     return application
 
 
@@ -191,9 +196,11 @@ def warm_up(
     for path in paths:
         host = _WarmupHost()
         with _Tee() as errors:
-            for _ in range(_WARMUP_ROUNDS):
+            for number in range(_WARMUP_ROUNDS):
                 begin = time.perf_counter()
-                status = host.request(application, path)
+                # Not the first one, which does what is done only once.
+                with image.watching() if number == 1 else nullcontext():
+                    status = host.request(application, path)
                 seconds = time.perf_counter() - begin
                 if status is None or status >= 500:
                     # Again would be no different, and as noisy.
@@ -205,7 +212,7 @@ def warm_up(
     return results
 
 
-def _rehearse(rehearse: Rehearse) -> None:
+def _rehearse(rehearse: Rehearse, times: int) -> None:
     """Lets the adapter wake up and answer requests without the application.
 
     What an instance does first of all, it does once; so its code would be
@@ -221,10 +228,11 @@ def _rehearse(rehearse: Rehearse) -> None:
         yield b"ok"
 
     for application in (whole, pieces):
-        for _ in range(_REHEARSALS):
+        for number in range(times):
             # componentize-py does that in every instance.
             random.seed()
-            rehearse(application, _WarmupHost(), _environ_block("/"))
+            # Each with other headers, as other clients send.
+            rehearse(application, _WarmupHost(), _environ_block("/", f"HTTP_X_{number}"))
 
 
 class _WarmupHost:
@@ -314,8 +322,8 @@ class _Stages:
         self.seconds[name] = round(time.perf_counter() - begin, 3)
 
 
-def _environ_block(target: str) -> bytes:
-    """Returns what the host would send for a browser's GET of `target`."""
+def _environ_block(target: str, *more: str) -> bytes:
+    """Returns what the host would send for a browser's GET of `target` with `more` headers."""
     path, _, query = target.partition("?")
     environ = {
         b"REQUEST_METHOD": b"GET",
@@ -334,6 +342,7 @@ def _environ_block(target: str) -> bytes:
         b"HTTP_ACCEPT_ENCODING": b"gzip, deflate, br",
         b"HTTP_CONNECTION": b"keep-alive",
         b"HTTP_UPGRADE_INSECURE_REQUESTS": b"1",
+        **{name.encode(): b"1" for name in more},
     }
     return b"\0".join([*environ, b"", *environ.values()])
 

@@ -115,6 +115,9 @@ def _write_error(error: Err) -> OSError | RuntimeError:
 class Handler:
     """The exported interface `handler`."""
 
+    def __init__(self) -> None:
+        _made("Handler")
+
     def handle(self, environ: bytes, body: bytes) -> bytes:
         """Answers one request."""
         try:
@@ -130,6 +133,9 @@ class Handler:
 class Command:
     """The exported interface `command`."""
 
+    def __init__(self) -> None:
+        _made("Command")
+
     def run(self, arguments: list[str]) -> int:
         """Runs a command line that starts with `python`."""
         try:
@@ -139,6 +145,22 @@ class Command:
         except BaseException as error:
             _report(error)
             return 1
+
+
+# The exported objects that are not there yet.
+_unmade = {"Handler", "Command"}
+
+
+def _made(name: str) -> None:
+    """Ends the build with the last of the exported objects.
+
+    componentize-py makes one of each after the import of this module, right before the
+    snapshot. What the import itself has held is free by then.
+    """
+    if name in _unmade:
+        _unmade.discard(name)
+        if not _unmade:
+            build.settle(_application)
 
 
 def _wake() -> None:

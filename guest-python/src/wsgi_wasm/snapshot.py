@@ -119,10 +119,11 @@ def renew() -> None:
 def rehearsal() -> Iterator[None]:
     """Lets `renew` be called in the block, and forgets that it was."""
     global stale
+    was_stale, stale = stale, True
     generators = _generators[:]
     yield
     _generators[:] = generators
-    stale = True
+    stale = was_stale
 
 
 class _Building:
