@@ -20,6 +20,7 @@ use crate::footprint::{self, Footprint, Held};
 use crate::guest_log::{GuestLog, LineBudget, Printable};
 use crate::key_derivation::{self, Derivations, Derived, Digest, Refusal};
 use crate::network::{self, NetworkGrants, NetworkView, Reach};
+use crate::random;
 use crate::request_id::RequestId;
 use crate::scheduler::{Share, Starting, Turns};
 
@@ -39,8 +40,6 @@ use bindings::wsgi_wasm::gateway::{deadline, key_derivation as wit_key_derivatio
 
 /// Bytes of a request body that go to a guest in one call at most.
 const MAX_READ: u32 = 1 << 20;
-/// Random bytes that a guest may ask for in one call.
-const MAX_RANDOM: u64 = 1 << 20;
 /// Time that a guest may take to start. Ours does nothing then; one that never
 /// comes to an end would hold up the server's start, or a request.
 const START_TIMEOUT: Duration = Duration::from_secs(5);
@@ -100,7 +99,7 @@ impl Program {
     }
 }
 
-/// Links WASI: wasmtime's own, but for the files and what checks the network.
+/// Links WASI: wasmtime's own, but for the files, what checks the network, and random bytes.
 fn link_wasi(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
     wasmtime_wasi::p2::add_to_linker_async(linker)?;
     linker.allow_shadowing(true);
@@ -112,6 +111,7 @@ fn link_wasi(linker: &mut Linker<HostState>) -> wasmtime::Result<()> {
         reach: &state.reach,
         wasi: WasiCtxView { ctx: &mut state.wasi, table: &mut state.resources },
     })?;
+    random::add_to_linker(linker)?;
     linker.allow_shadowing(false);
     Ok(())
 }
@@ -151,7 +151,7 @@ impl Instance {
     pub async fn new(program: &Program, grants: &Grants, streams: Streams) -> wasmtime::Result<Instance> {
         let log = GuestLog::new(Arc::clone(&grants.name), Arc::clone(&grants.log));
         let mut wasi = WasiCtxBuilder::new();
-        wasi.envs(&grants.environment).max_random_size(MAX_RANDOM);
+        wasi.envs(&grants.environment).max_random_size(random::MAX_BYTES);
         match streams {
             Streams::Log => wasi.stdout(log.clone()).stderr(log.clone()),
             Streams::Inherit => wasi.inherit_stdio(),

@@ -44,6 +44,7 @@ mod machine;
 mod network;
 mod pool;
 mod proxy_protocol;
+mod random;
 mod request_id;
 mod sandbox;
 mod scheduler;

@@ -130,8 +130,7 @@ def settle(scratch: str) -> None:
     del file, start, value, special, numbers, sizes
     with open(os.path.join(scratch, VERSIONS), "wb") as file:
         file.write(array.array("I", _versions(settle.__code__)))
-    path = os.path.join(scratch, CODE)
-    length = _list_code(path)
+    length = _list_code(os.path.join(scratch, CODE))
     gc.collect()
     gc.freeze()
     _fill_holes()
@@ -139,7 +138,7 @@ def settle(scratch: str) -> None:
     _kept.append(room := b"\xff" * (length + 2 * _ALIGNMENT))
     # The bytes begin where the size of an empty object ends, but for the final NUL.
     start = id(room) + bytes.__basicsize__ - 1
-    with open(path, "ab") as file:
+    with open(os.path.join(scratch, CODE), "ab") as file:
         file.write(array.array("I", [start + -start % _ALIGNMENT]))
 
 
@@ -147,13 +146,6 @@ def _keep_all() -> None:
     """Puts all objects that stay into `_kept`."""
     # The objects made here are not among them, being newer.
     pending: list[Any] = gc.get_objects()
-    # What the callers hold, too: they end soon, and leave it to be used again, wherever
-    # it is.
-    frame = sys._getframe(1)
-    while frame is not None:
-        pending += gc.get_referents(frame)
-        frame = frame.f_back  # type: ignore[assignment]
-    del frame
     # A bit for each place where one can be; a set would need megabytes.
     seen = bytearray(max(map(id, pending)) >> 5)
     while pending:
@@ -163,16 +155,18 @@ def _keep_all() -> None:
         place >>= 3
         if place >= len(seen):
             seen.extend(bytes(place))
-        if seen[place] & bit or isinstance(value, _MORTAL) or value is _kept:
+        # `type()`, for `isinstance` asks an object, and a lazy proxy answers by loading.
+        kind = type(value)
+        if seen[place] & bit or issubclass(kind, _MORTAL) or value is _kept:
             continue
         seen[place] |= bit
-        if not hasattr(type(value), "__del__"):
+        if not hasattr(kind, "__del__"):
             _kept.append(value)
-        if type(value) is types.CodeType:
+        if kind is types.CodeType:
             pending += (getattr(value, name) for name in _OF_CODE)
         else:
             pending += gc.get_referents(value)
-            if isinstance(value, dict):
+            if issubclass(kind, dict):
                 # The collector does not look at keys that are all strings.
                 pending += dict.keys(value)
 
