@@ -264,8 +264,8 @@ impl Pool {
     ///
     /// If the instance can not be made.
     pub async fn warm(self: &Arc<Self>) -> wasmtime::Result<()> {
-        let instance = self.start().await?;
-        self.rest(instance);
+        let live = self.start_when_there_is_room(self.end_of_wait()).await?;
+        self.rest(live);
         self.prepare();
         Ok(())
     }
@@ -278,7 +278,7 @@ impl Pool {
     /// long, [`Failure::MemoryExhausted`] if the tenant holds as much as it
     /// may, [`Failure::CannotStart`] if the app does not start.
     pub async fn lease(self: &Arc<Self>) -> Result<Lease, Failure> {
-        let end = tokio::time::Instant::now() + self.settings.queue_wait;
+        let end = self.end_of_wait();
         let permit = match Arc::clone(&self.permits).try_acquire_owned() {
             Ok(permit) => permit,
             Err(_) => {
@@ -294,14 +294,26 @@ impl Pool {
         let resting = self.idle().pop().map(|(live, _)| live);
         let live = match resting {
             Some(live) => live,
-            None => match self.start().await {
-                Err(error) if full(&error).is_some() => self.wait_for_room(end).await,
-                started => started,
+            None => {
+                let started = self.start_when_there_is_room(end).await;
+                started.map_err(|error| self.no_instance(&error))?
             }
-            .map_err(|error| self.no_instance(&error))?,
         };
         self.prepare();
         Ok(Lease { live: Some(live), place })
+    }
+
+    /// When one who begins to wait for an instance now has waited for too long.
+    fn end_of_wait(&self) -> tokio::time::Instant {
+        tokio::time::Instant::now() + self.settings.queue_wait
+    }
+
+    /// Makes an instance, if need be when others' have gone.
+    async fn start_when_there_is_room(&self, end: tokio::time::Instant) -> wasmtime::Result<Live> {
+        match self.start().await {
+            Err(error) if full(&error).is_some() => self.wait_for_room(end).await,
+            started => started,
+        }
     }
 
     /// Takes a place among those who wait.
