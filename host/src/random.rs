@@ -50,7 +50,7 @@ mod tests {
 
     #[test]
     fn so_many_bytes_come_as_were_asked_for_and_never_the_same() {
-        let mut bytes = |length| Source.get_random_bytes(length);
+        let bytes = |length| Source.get_random_bytes(length);
         assert!(bytes(0).unwrap().is_empty());
         assert_eq!(bytes(MAX_BYTES).unwrap().len() as u64, MAX_BYTES);
         assert_ne!(bytes(32).unwrap(), bytes(32).unwrap());
