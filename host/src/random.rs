@@ -22,7 +22,7 @@ impl HasData for Source {
 impl random::Host for Source {
     fn get_random_bytes(&mut self, length: u64) -> wasmtime::Result<Vec<u8>> {
         if length > MAX_BYTES {
-            bail!("{length} random bytes are more than {MAX_BYTES}");
+            bail!("{length} random bytes: that exceeds limit {MAX_BYTES}");
         }
         let mut bytes = vec![0; usize::try_from(length)?];
         rand::rng().fill_bytes(&mut bytes);

@@ -65,10 +65,10 @@ const BUSY: u64 = 3;
 /// the background. Shorter slices cost more switches than they gain in latency.
 const SLICE: u64 = 5_000;
 
-/// What the threads in the background are nicer by: one of the foreground has fourteen
+/// What the threads in the background are nicer by: one of the foreground has six
 /// times as much. It counts among the threads of a control group or session, so not
 /// against other services.
-const NICENESS: i32 = 12;
+const NICENESS: i32 = 8;
 /// Less than that, on the scale from 0 to 99 of the library that sets policies.
 const SOMEWHAT_NICE: u8 = 40;
 

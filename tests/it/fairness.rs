@@ -97,7 +97,7 @@ fn threads_have_the_places_that_their_work_needs() {
         let processors = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t")).unwrap();
         match read("comm").trim() {
             "background" => {
-                assert_eq!((stat[16], stat[38]), (niceness + 12, 3), "not nicer, or not SCHED_BATCH");
+                assert_eq!((stat[16], stat[38]), (niceness + 8, 3), "not nicer, or not SCHED_BATCH");
                 background += 1;
             }
             "tokio-rt-worker" => foreground.push(processors.to_owned()),

@@ -878,7 +878,8 @@ fn memory_that_is_given_back_goes_to_those_who_wait() {
 
 #[test]
 fn who_has_several_instances_gives_one_up_for_those_who_have_none() {
-    let settings = "memory = \"96MiB\"\n[defaults]\nlimits = { memory = \"64MiB\", queue_wait = \"60s\" }";
+    // Less than four instances of the one and one of the other have together.
+    let settings = "memory = \"92MiB\"\n[defaults]\nlimits = { memory = \"64MiB\", queue_wait = \"60s\" }";
     let arena = Arena::start_with(settings, &[("puppet", "instances = { max = 4 }")]);
     let grow = Script::new().grow_memory(310).timer(500_000_000).wait().answer(OK);
     let mut growing: Vec<_> = (0..4).map(|_| arena.server.connect()).collect();
