@@ -135,8 +135,9 @@ fn memory_ends_with_a_memory_error_and_the_next_request_has_its_own() {
 
 #[test]
 fn one_request_does_not_stop_another() {
-    // As many that compute and wait as would fill a thread pool.
-    let server = Server::start("behaviours", &["--instances", "12", "--timeout", "20s"]);
+    // As many that compute and wait as would fill a thread pool. They have time: other
+    // tests' servers and builds may come before guests that compute for long.
+    let server = Server::start("behaviours", &["--instances", "12", "--timeout", "60s"]);
     let mut busy = Vec::new();
     for path in ["/compute?8", "/compute?8", "/compute?8", "/sleep?8", "/sleep?8", "/cpu-hash", "/cpu-hash"] {
         let mut connection = server.connect();

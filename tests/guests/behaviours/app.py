@@ -433,10 +433,10 @@ def big_file(environ, start_response):
 
 
 def collect_for_ever(environ, start_response):
-    """Collects sums, at a pace that memory bears."""
+    """Collects sums, at a pace that memory bears, and that has the collector run often."""
     kept = []
     while True:
-        kept.append([sum(range(1000))])
+        kept.append([sum(range(50))])
 
 
 def nap(environ, start_response):
