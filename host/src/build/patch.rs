@@ -38,22 +38,12 @@ const ALIGNMENT: u32 = 16;
 pub fn make_immortal(component: &mut [u8], addresses: &[u8]) -> Result<()> {
     let memory = Memory::find(component)?;
     for address in numbers(addresses)? {
-        let places = [0, 1, 2, 3].map(|byte| memory.place(address.checked_add(byte)?));
-        let byte = |place: Option<usize>| place.map_or(0, |place| component[place]);
-        match u32::from_le_bytes(places.map(byte)) {
-            LEAST_IMMORTAL.. => continue,
-            references if COUNTS.contains(&references) => {}
-            other => bail!("no object is at address {address}, which holds {other}"),
-        }
-        // Zeros that begin or end a piece are left out of it. Those that end
-        // one are more than there are in a count, so its last byte is there.
-        for (place, byte) in places.into_iter().zip(IMMORTAL.to_le_bytes()) {
-            match place {
-                Some(place) => component[place] = byte,
-                None => {
-                    ensure!(byte == 0, "a part of the object at address {address} is not in the snapshot")
-                }
+        match u32::from_le_bytes(memory.word(component, address)) {
+            LEAST_IMMORTAL.. => {}
+            references if COUNTS.contains(&references) => {
+                memory.set_word(component, address, IMMORTAL.to_le_bytes())?;
             }
+            other => bail!("no object is at address {address}, which holds {other}"),
         }
     }
     Ok(())
@@ -88,16 +78,9 @@ pub fn borrow_constants(component: &mut [u8], list: &[u8]) -> Result<()> {
 pub fn renew_code(component: &mut [u8], list: &[u8]) -> Result<()> {
     let memory = Memory::find(component)?;
     let mut list = numbers(list)?;
-    let places = |address: u32| [0, 1, 2, 3].map(|byte| memory.place(address.saturating_add(byte)));
-    let current = places(list.next().context("the list of versions is empty")?);
-    let current = current.map(|place| place.map_or(0, |place| component[place]));
+    let current = memory.word(component, list.next().context("the list of versions is empty")?);
     for address in list {
-        for (place, byte) in places(address).into_iter().zip(current) {
-            match place {
-                Some(place) => component[place] = byte,
-                None => ensure!(byte == 0, "a part of a version is not in the snapshot"),
-            }
-        }
+        memory.set_word(component, address, current)?;
     }
     Ok(())
 }
@@ -127,16 +110,9 @@ pub fn gather_code(component: &mut [u8], list: &[u8]) -> Result<()> {
     }
     for &[pointer, number] in rest {
         let (source, target) = moved.get(number as usize).context("a pointer is to no code")?;
-        for (address, (old, new)) in
-            (pointer..).zip(source.to_le_bytes().into_iter().zip(target.to_le_bytes()))
-        {
-            let place = memory.place(address);
-            ensure!(place.map_or(0, |place| component[place]) == old, "no pointer to code is at {pointer}");
-            match place {
-                Some(place) => component[place] = new,
-                None => ensure!(new == 0, "a part of a pointer to code is not in the snapshot"),
-            }
-        }
+        let found = memory.word(component, pointer);
+        ensure!(found == source.to_le_bytes(), "no pointer to code is at address {pointer}");
+        memory.set_word(component, pointer, target.to_le_bytes())?;
     }
     Ok(())
 }
@@ -196,6 +172,30 @@ impl Memory {
         let offset = (address - piece.address) as usize;
         (offset < piece.length).then_some(piece.place + offset)
     }
+
+    /// The places of the four bytes at `address`.
+    fn places(&self, address: u32) -> [Option<usize>; 4] {
+        [0, 1, 2, 3].map(|byte| self.place(address.checked_add(byte)?))
+    }
+
+    /// The four bytes at `address`.
+    fn word(&self, component: &[u8], address: u32) -> [u8; 4] {
+        self.places(address).map(|place| place.map_or(0, |place| component[place]))
+    }
+
+    /// Replaces the four bytes at `address`.
+    ///
+    /// Zeros that begin or end a piece are left out of it. Those that end one are more
+    /// than there are in a word, so a last byte that is not zero has its place.
+    fn set_word(&self, component: &mut [u8], address: u32, word: [u8; 4]) -> Result<()> {
+        for (place, byte) in self.places(address).into_iter().zip(word) {
+            match place {
+                Some(place) => component[place] = byte,
+                None => ensure!(byte == 0, "a part of what is at address {address} is not in the snapshot"),
+            }
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -225,10 +225,14 @@ mod tests {
         component.finish()
     }
 
+    /// A file of the guest with these numbers.
+    fn list(numbers: &[u32]) -> Vec<u8> {
+        numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
+    }
+
     fn made_immortal(pieces: &[(i32, &[u8])], addresses: &[u32]) -> Result<Vec<u8>> {
         let mut component = component(pieces);
-        let addresses: Vec<u8> = addresses.iter().flat_map(|address| address.to_le_bytes()).collect();
-        make_immortal(&mut component, &addresses)?;
+        make_immortal(&mut component, &list(addresses))?;
         Ok(component)
     }
 
@@ -243,11 +247,6 @@ mod tests {
         // One that is immortal already stays as it is.
         let other: [(i32, &[u8]); 1] = [(3, &[0x70])];
         assert_eq!(made_immortal(&other, &[0]).unwrap(), component(&other));
-    }
-
-    /// A file of the guest with these numbers.
-    fn list(numbers: &[u32]) -> Vec<u8> {
-        numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
     }
 
     #[test]
