@@ -18,6 +18,11 @@ class Err(Exception):
         self.value = value
 
 
+class Ok:
+    def __init__(self, value):
+        self.value = value
+
+
 class ReadError(enum.Enum):
     CLIENT_GONE = 0
     TOO_LARGE = 1
@@ -47,6 +52,7 @@ class Entry(unittest.TestCase):
         self.calls = []
         types_module = types.ModuleType("componentize_py_types")
         types_module.Err = Err
+        types_module.Ok = Ok
         imports = types.ModuleType("wit_world.imports")
         imports.request_body = types.SimpleNamespace(ReadError=ReadError, read=lambda limit: b"")
         imports.response = types.SimpleNamespace(
@@ -54,6 +60,7 @@ class Entry(unittest.TestCase):
             start=lambda head: self.calls.append(head),
             write=lambda chunk: self.calls.append(chunk),
             finish=lambda: self.calls.append("finish"),
+            send_whole=lambda whole: self.calls.append(whole),
         )
         imports.key_derivation = types.SimpleNamespace(
             Digest=Digest,
@@ -70,6 +77,7 @@ class Entry(unittest.TestCase):
         }
         for patch in (
             mock.patch.dict(sys.modules, modules),
+            mock.patch.object(sys, "argv", [""]),
             mock.patch.object(gc, "callbacks", []),
             mock.patch.object(interrupt, "_time_left", None),
             mock.patch.object(build, "main", lambda *_: lambda *call: self.application(*call)),
@@ -110,6 +118,17 @@ class Entry(unittest.TestCase):
             ):
                 call()
                 renew.assert_called_once()
+
+    def test_the_memory_is_settled_when_the_arguments_go(self):
+        with (
+            mock.patch.object(snapshot, "stale", True),
+            mock.patch.object(build, "settle") as settle,
+        ):
+            del sys.argv[0]
+            settle.assert_called_once()
+            self.assertEqual(interrupt._time_left(), sys.maxsize)
+        self.assertEqual(interrupt._time_left(), 2**64 - 1)
+        self.assertEqual(sys.argv, [""])
 
     def test_nothing_escapes(self):
         for error in (SystemExit, KeyboardInterrupt, MemoryError, RecursionError):

@@ -1,5 +1,6 @@
 """The soft stop, with a clock that the tests turn."""
 
+import gc
 import sys
 import time
 import unittest
@@ -8,12 +9,17 @@ from tests import support  # noqa: F401  (the path to the package)
 from wsgi_wasm import interrupt
 
 
+def arm(test, time_left):
+    interrupt.arm(time_left)
+    test.addCleanup(gc.callbacks.remove, gc.callbacks[-1])
+    test.addCleanup(setattr, interrupt, "_time_left", None)
+
+
 @unittest.skipIf(sys.version_info < (3, 12), "sys.monitoring came with Python 3.12, and the guest has 3.14")
 class Loops(unittest.TestCase):
     def setUp(self):
         self.left = 10**9
-        interrupt.arm(lambda: self.left)
-        self.addCleanup(interrupt.disarm)
+        arm(self, lambda: self.left)
 
     def test_a_loop_that_creates_containers_ends(self):
         kept = []
@@ -53,8 +59,7 @@ class Sleep(unittest.TestCase):
 
     def test_it_ends_in_time(self):
         end = time.monotonic() + 0.05
-        interrupt.arm(lambda: max(0, int((end - time.monotonic()) * 1_000_000)))
-        self.addCleanup(interrupt.disarm)
+        arm(self, lambda: max(0, int((end - time.monotonic()) * 1_000_000)))
         interrupt.sleep(0.001)
         with self.assertRaises(ValueError):
             interrupt.sleep(-1)
@@ -65,8 +70,7 @@ class Sleep(unittest.TestCase):
                 interrupt.sleep(wrong)
 
     def test_it_lasts_though_no_processor_time_passes(self):
-        interrupt.arm(lambda: 5_000)
-        self.addCleanup(interrupt.disarm)
+        arm(self, lambda: 5_000)
         start = time.monotonic()
         interrupt.sleep(0.02)
         self.assertGreaterEqual(time.monotonic() - start, 0.02)

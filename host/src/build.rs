@@ -41,6 +41,7 @@ use crate::static_files;
 use crate::units;
 use crate::written_pages;
 
+use patch::Snapshot;
 use target::Target;
 use toolchain::Toolchain;
 use vendor::Requirements;
@@ -387,16 +388,10 @@ impl Work<'_> {
                 bytecode: "/2/bytecode",
             },
         )?;
-        let mut component = owned_lists::free_lowered_lists(&component)
+        let component = owned_lists::free_lowered_lists(&component)
             .context("failed to patch the bindings that componentize-py made")?;
-        let told = |name: &str| {
-            fs::read(scratch.work().join(name)).with_context(|| format!("the guest has written no `{name}`"))
-        };
-        patch::make_immortal(&mut component, &told("objects.bin")?)
-            .and_then(|()| patch::borrow_constants(&mut component, &told("constants.bin")?))
-            .and_then(|()| patch::renew_code(&mut component, &told("versions.bin")?))
-            .and_then(|()| patch::gather_code(&mut component, &told("code.bin")?))
-            .context("failed to patch the snapshot")?;
+        let mut component =
+            patch_snapshot(component, &scratch.work()).context("failed to patch the snapshot")?;
         for request in &report.warmup {
             let status = request.status.map_or("no response".into(), |status| status.to_string());
             self.progress.step(&format!(
@@ -635,6 +630,19 @@ impl Scratch {
 fn is_directory_below(root: &Path, path: &Path) -> bool {
     let is_plain = path.components().all(|part| matches!(part, Component::Normal(_) | Component::CurDir));
     is_plain && root.join(path).is_dir()
+}
+
+/// Arranges the snapshot in `component` as the adapter says, which has left its lists in
+/// the directory `told`.
+fn patch_snapshot(component: Vec<u8>, told: &Path) -> Result<Vec<u8>> {
+    let list =
+        |name: &str| fs::read(told.join(name)).with_context(|| format!("the guest has written no `{name}`"));
+    let mut snapshot = Snapshot::find(component)?;
+    snapshot.make_immortal(&list("objects.bin")?)?;
+    snapshot.borrow_constants(&list("constants.bin")?)?;
+    snapshot.renew_code(&list("versions.bin")?)?;
+    snapshot.gather(&list("code.bin")?, &list("keys.bin")?, &list("room.bin")?)?;
+    Ok(snapshot.into_component())
 }
 
 /// Copies `files`, paths relative to `from`, to the same places below `to`.

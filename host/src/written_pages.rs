@@ -37,11 +37,13 @@ use crate::tenants::{Books, Shared};
 /// Bytes of a page; on machines where pages are larger, nothing is found.
 const PAGE: u64 = 4096;
 
-/// Pages between two that are written to that are written to as well. When an
-/// instance is gone, the first 32 pieces of its memory that have changed are copied
-/// back, and the rest is unmapped; so fewer pieces are better, and a page costs less
-/// to copy than to be mapped again.
-const GAP: u32 = 3;
+/// Pieces of memory that are written to. When an instance is gone, the first 32 pieces that
+/// have changed are copied back, and the rest is unmapped; a page costs less to copy than to
+/// be mapped again. A request may change some more than those that are known.
+const MAX_PIECES: usize = 28;
+
+/// Pages between two pieces that may become a part of them, so that there are fewer.
+const MAX_GAP: u32 = 16;
 
 /// Requests that are looked at.
 const MAX_PATHS: usize = 16;
@@ -178,15 +180,15 @@ fn is_changed(entry: u64) -> bool {
     is_present && !is_file
 }
 
-/// `pages`, and those in small gaps between them.
+/// `pages`, and as many of those in the smallest gaps between them as it takes to have
+/// [`MAX_PIECES`].
 fn with_gaps(pages: &BTreeSet<u32>) -> BTreeSet<u32> {
-    let mut all = pages.clone();
-    for (page, next) in pages.iter().zip(pages.iter().skip(1)) {
-        if next - page <= GAP + 1 {
-            all.extend(*page..*next);
-        }
-    }
-    all
+    let pairs = pages.iter().zip(pages.iter().skip(1));
+    let mut gaps: Vec<_> = pairs.map(|(page, next)| page + 1..*next).filter(|gap| !gap.is_empty()).collect();
+    gaps.sort_by_key(ExactSizeIterator::len);
+    let excess = (gaps.len() + 1).saturating_sub(MAX_PIECES);
+    let closed = gaps.into_iter().take(excess).filter(|gap| gap.len() <= MAX_GAP as usize);
+    pages.iter().copied().chain(closed.flatten()).collect()
 }
 
 #[cfg(test)]
@@ -194,10 +196,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn small_gaps_are_closed() {
-        let pages = BTreeSet::from([1, 2, 6, 11, 15, 20]);
-        assert_eq!(with_gaps(&pages), [1, 2, 3, 4, 5, 6, 11, 12, 13, 14, 15, 20].into());
+    fn the_smallest_gaps_are_closed() {
         assert_eq!(with_gaps(&BTreeSet::new()), BTreeSet::new());
+        // As few pieces as they should be, with gaps of 1.
+        let few: BTreeSet<u32> = (0..28).map(|piece| 2 * piece).collect();
+        assert_eq!(with_gaps(&few), few);
+        // Two too many: gaps of 40, but for three of 5 and one of 4, and a piece of two pages.
+        let mut page = 0;
+        let many: BTreeSet<u32> = (0..30)
+            .map(|piece| {
+                page += match piece {
+                    3 | 4 | 20 => 6,
+                    11 => 5,
+                    29 => 1,
+                    _ => 41,
+                };
+                page
+            })
+            .collect();
+        let added: Vec<_> = with_gaps(&many).difference(&many).copied().collect();
+        let piece = |number: usize| *many.iter().nth(number).unwrap();
+        assert_eq!(added, (piece(10) + 1..piece(11)).collect::<Vec<_>>());
+        // Nothing is done about gaps that are too large.
+        let far: BTreeSet<u32> = (0..40).map(|piece| 18 * piece).collect();
+        assert_eq!(with_gaps(&far), far);
     }
 
     #[test]

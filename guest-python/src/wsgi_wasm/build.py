@@ -99,11 +99,14 @@ def main(
     return application
 
 
-def settle(application: wsgi.Application) -> None:
-    """Arranges the memory for the snapshot, which is made when this returns."""
+def settle(application: wsgi.Application, more: Iterable[Any]) -> None:
+    """Arranges the memory for the snapshot, which is made when this returns.
+
+    Requests use the functions and classes in `more`, which were not used here.
+    """
     # The allocator of other platforms has other habits.
     if application is not _no_application and sys.platform == "wasi":
-        image.settle(SCRATCH)
+        image.settle(SCRATCH, more)
 
 
 def compile_tree(root: str, origin: str) -> None:
@@ -182,6 +185,7 @@ def _build_application(
         report["warnings"] = warnings
         warnings += snapshot.freeze()
         _rehearse(rehearse, _REHEARSALS)
+        wsgi.forget_shapes()
     return application
 
 
@@ -192,24 +196,42 @@ def warm_up(
 
     A request that fails is a warning: it may need what exists only at run time.
     """
+    visits = [_Visit(application, path) for path in paths]
+    for number in range(_WARMUP_ROUNDS):
+        # Not the first one, which does what is done only once. All of them at a time: to
+        # watch makes code that ran before older than the interpreter's events.
+        with image.watching() if number == 1 else nullcontext():
+            for visit in visits:
+                visit.again()
     results = []
-    for path in paths:
-        host = _WarmupHost()
-        with _Tee() as errors:
-            for number in range(_WARMUP_ROUNDS):
-                begin = time.perf_counter()
-                # Not the first one, which does what is done only once.
-                with image.watching() if number == 1 else nullcontext():
-                    status = host.request(application, path)
-                seconds = time.perf_counter() - begin
-                if status is None or status >= 500:
-                    # Again would be no different, and as noisy.
-                    break
-        results.append({"path": path, "status": status, "seconds": round(seconds, 6)})
+    for visit in visits:
+        path, status = visit.path, visit.status
+        results.append({"path": path, "status": status, "seconds": round(visit.seconds, 6)})
         if status is None or status >= 400:
             what = "failed" if status is None else f"was answered with status {status}"
-            warnings.append(f"the warm-up request `{path}` {what}\n{errors.text}".rstrip())
+            warnings.append(f"the warm-up request `{path}` {what}\n{visit.errors.text}".rstrip())
     return results
+
+
+class _Visit:
+    """A warm-up request, and what came of it the last time."""
+
+    def __init__(self, application: wsgi.Application, path: str) -> None:
+        self.path = path
+        self.status: int | None = 0
+        self.seconds = 0.0
+        self.errors = _Tee()
+        self._application = application
+        self._host = _WarmupHost()
+
+    def again(self) -> None:
+        """Sends it, unless it failed: again would be no different, and as noisy."""
+        if self.status is None or self.status >= 500:
+            return
+        with self.errors:
+            begin = time.perf_counter()
+            self.status = self._host.request(self._application, self.path)
+            self.seconds = time.perf_counter() - begin
 
 
 def _rehearse(rehearse: Rehearse, times: int) -> None:

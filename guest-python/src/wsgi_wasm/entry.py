@@ -7,8 +7,9 @@ that leaves one of their methods is a trap, so none does.
 from __future__ import annotations
 
 import sys
+from typing import Any
 
-from componentize_py_types import Err
+from componentize_py_types import Err, Ok
 from wit_world.imports import deadline, key_derivation, request_body, response
 
 from wsgi_wasm import build, command, interrupt, snapshot, wsgi
@@ -115,14 +116,11 @@ def _write_error(error: Err) -> OSError | RuntimeError:
 class Handler:
     """The exported interface `handler`."""
 
-    def __init__(self) -> None:
-        _made("Handler")
-
     def handle(self, environ: bytes, body: bytes) -> bytes:
         """Answers one request."""
         try:
             if snapshot.stale:
-                _wake()
+                snapshot.renew()
             return wsgi.run(_application, environ, body, _host)
         except BaseException as error:
             # Out of memory before the application was called, say.
@@ -133,39 +131,43 @@ class Handler:
 class Command:
     """The exported interface `command`."""
 
-    def __init__(self) -> None:
-        _made("Command")
-
     def run(self, arguments: list[str]) -> int:
         """Runs a command line that starts with `python`."""
         try:
             if snapshot.stale:
-                _wake()
+                snapshot.renew()
             return command.run(arguments)
         except BaseException as error:
             _report(error)
             return 1
 
 
-# The exported objects that are not there yet.
-_unmade = {"Handler", "Command"}
+# What requests use, and no build can: the host is not there.
+_AT_RUN_TIME = (
+    _Host.read, _Host.start, _Host.write, _Host.finish, _Host.send_whole, deadline.time_left,
+    request_body.read, response.start, response.write, response.finish, response.send_whole,
+    Ok,
+)  # fmt: skip
 
 
-def _made(name: str) -> None:
-    """Ends the build with the last of the exported objects.
+class _Arguments(list[str]):
+    """Stands for `sys.argv` until the snapshot is made.
 
-    componentize-py makes one of each after the import of this module, right before the
-    snapshot. What the import itself has held is free by then.
+    componentize-py imports this module, makes an object of each exported class, and last of
+    all empties `sys.argv`. What all of that has held is free by then.
     """
-    if name in _unmade:
-        _unmade.discard(name)
-        if not _unmade:
-            build.settle(_application)
+
+    def __delitem__(self, index: Any) -> None:
+        super().__delitem__(index)
+        sys.argv = [""]
+        interrupt.arm(_time_left)
+        build.settle(_application, _AT_RUN_TIME)
 
 
-def _wake() -> None:
-    snapshot.renew()
-    interrupt.arm(deadline.time_left)
+def _time_left() -> int:
+    # The collector may run before the first call, when there is no host to ask.
+    left: int = sys.maxsize if snapshot.stale else deadline.time_left()
+    return left
 
 
 def _rehearse(application: wsgi.Application, host: wsgi.Host, environ: bytes) -> None:
@@ -174,7 +176,6 @@ def _rehearse(application: wsgi.Application, host: wsgi.Host, environ: bytes) ->
     real, (_application, _host) = _host, (application, host)
     with snapshot.rehearsal():
         Handler().handle(environ, b"")
-    interrupt.disarm()
     _host = real
 
 
@@ -188,3 +189,4 @@ def _report(error: BaseException) -> None:
 _host: wsgi.Host = _Host()
 _application: wsgi.Application
 _application = build.main(_Derivation(), _rehearse)
+sys.argv = _Arguments(sys.argv)

@@ -25,27 +25,33 @@ from __future__ import annotations
 
 import array
 import gc
+import itertools
 import opcode
 import os
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Names the objects to be made immortal, as 32-bit addresses.
+# What the host's build is told, in files of 32-bit numbers.
+# The addresses of the objects to be made immortal.
 OBJECTS = "objects.bin"
-# Names the instructions that load a constant, by the addresses of their opcodes. Before
+# The instructions that load a constant, by the addresses of their opcodes. Before
 # them come the opcodes of the instruction for any constant, and of those for one that is
 # immortal and for one that is not.
 CONSTANTS = "constants.bin"
-# Tells where code is copied from and to, and what refers to it: the number of code
-# objects; address and length of each; for each pointer to one, its address and which one
-# it is; and last, the address that the first one is copied to, with the others behind it.
-CODE = "code.bin"
-# Names the code that `watching` made older than the interpreter's events, so that it would
+# The code that `watching` made older than the interpreter's events, so that it would
 # be looked through when it runs, by the addresses of its version. The first one is up to date.
 VERSIONS = "versions.bin"
+# The code to be copied, and what refers to it: the number of code objects; address and
+# length of each; for each pointer to one, its address and which one it is.
+CODE = "code.bin"
+# The keys that the instances of a class share, to be copied: the number of classes; the
+# addresses of their pointers; the addresses of the same pointers of dictionaries.
+KEYS = "keys.bin"
+# The address that all that is copied to follows, and how many bytes there are.
+ROOM = "room.bin"
 
 # What ends with what it stands for: code may wait for that.
 _MORTAL = (
@@ -64,10 +70,18 @@ _ROOM = 3 * 1024 * 1024
 # None is so small that there is one object for all.
 _SIZES = (*(1 << power for power in range(19, 12, -1)), *range(4096, 256, -64), *range(256, 0, -8))
 
-# The places of `func_code` in a function and of `_co_instrumentation_version` in code
-# (CPython 3.14, `funcobject.h` and `code.h`, with pointers of 32 bits).
+# The places of `func_code` in a function, of `_co_instrumentation_version` in code, of
+# `ht_cached_keys` in a class and of `ma_keys` in a dictionary (CPython 3.14, with pointers
+# of 32 bits).
 _FUNC_CODE = 24
 _CODE_VERSION = 108
+_CLASS_KEYS = type.__basicsize__ - 28
+_DICT_KEYS = dict.__basicsize__ - 8
+# Bytes of shared keys: of a table for 30 of them.
+_KEYS_SIZE = 420
+# Classes whose instances have their values inline, and so share keys (`object.h`,
+# `Py_TPFLAGS_INLINE_VALUES`).
+_SHARES_KEYS = 1 << 2
 # Objects have addresses that are multiples of this.
 _ALIGNMENT = 16
 
@@ -75,11 +89,17 @@ _ALIGNMENT = 16
 _kept: list[Any] = []
 # The code that requests run, by address, in the order in which they do.
 _run: dict[int, types.CodeType] = {}
+# The classes that they make instances of, by address.
+_made: dict[int, type] = {}
 
 
 @contextmanager
 def watching() -> Iterator[None]:
-    """Notes which code begins to run in the block: that of requests."""
+    """Notes which code runs in the block, and for which classes: as requests do.
+
+    Nor do their attributes find others, looked up before, in the interpreter's store of them.
+    """
+    getattr(sys, "_clear_internal_caches", int)()
     monitoring: Any = getattr(sys, "monitoring", None)
     free = (number for number in range(6) if monitoring and monitoring.get_tool(number) is None)
     tool = next(free, None)
@@ -90,7 +110,14 @@ def watching() -> Iterator[None]:
 
     def begins(code: types.CodeType, _: int) -> Any:
         _run.setdefault(id(code), code)
-        return monitoring.DISABLE
+        if code.co_name not in ("__init__", "__new__") or not code.co_argcount:
+            return monitoring.DISABLE
+        # Of all that is made here, for a class may have this from another one.
+        first = sys._getframe(1).f_locals.get(code.co_varnames[0])
+        kind = first if issubclass(type(first), type) else type(first)
+        if type.__dict__["__flags__"].__get__(kind) & _SHARES_KEYS:
+            _made.setdefault(id(kind), kind)
+        return None
 
     monitoring.use_tool_id(tool, "wsgi-wasm build")
     monitoring.register_callback(tool, monitoring.events.PY_START, begins)
@@ -103,49 +130,54 @@ def watching() -> Iterator[None]:
         monitoring.free_tool_id(tool)
 
 
-def settle(scratch: str) -> None:
+def settle(scratch: str, more: Iterable[Any]) -> None:
     """Arranges the memory, and tells the host's build of it in the directory `scratch`.
 
+    Requests use the functions and classes in `more` as well, and did not while `watching`.
     Nothing should be freed after it. Call it last.
     """
+    functions = []
+    for value in more:
+        if type(value) is type:
+            _made[id(value)] = value
+            value = value.__init__
+        functions.append(value)
     gc.unfreeze()
     # Empties the interpreter's own stores of freed objects, too.
     gc.collect()
     _keep_all()
-    with open(os.path.join(scratch, OBJECTS), "wb") as file:
-        for start in range(0, len(_kept), 1024):
-            file.write(array.array("I", map(id, _kept[start : start + 1024])))
-    with open(os.path.join(scratch, CONSTANTS), "wb") as file:
-        special: dict[str, int] = opcode._specialized_opmap  # type: ignore[attr-defined]
-        file.write(array.array("I", [
-            opcode.opmap["LOAD_CONST"],
-            special["LOAD_CONST_IMMORTAL"],
-            special["LOAD_CONST_MORTAL"],
-        ]))  # fmt: skip
-        numbers = (opcode.opmap["LOAD_CONST"], special["LOAD_CONST_MORTAL"])
-        sizes = _cache_sizes()
-        for value in _kept:
-            if type(value) is types.CodeType:
-                file.write(array.array("I", _constants(value, numbers, sizes)))
-    del file, start, value, special, numbers, sizes
-    with open(os.path.join(scratch, VERSIONS), "wb") as file:
-        file.write(array.array("I", _versions(settle.__code__)))
-    length = _list_code(os.path.join(scratch, CODE))
+    _tell(scratch, OBJECTS, map(id, _kept))
+    _tell(scratch, CONSTANTS, _constants())
+    _tell(scratch, VERSIONS, _versions(settle.__code__))
+    needed = _tell_code(scratch, functions) + _tell_keys(scratch) + _ALIGNMENT
     gc.collect()
-    gc.freeze()
     _fill_holes()
     # Not of zeros: those are not in the snapshot.
-    _kept.append(room := b"\xff" * (length + 2 * _ALIGNMENT))
+    room = b"\xff" * needed
     # The bytes begin where the size of an empty object ends, but for the final NUL.
-    start = id(room) + bytes.__basicsize__ - 1
-    with open(os.path.join(scratch, CODE), "ab") as file:
-        file.write(array.array("I", [start + -start % _ALIGNMENT]))
+    _tell(scratch, ROOM, (id(room) + bytes.__basicsize__ - 1, needed))
+    _kept.append(room)
+    del needed
+    # What it uses itself in the first one is in store after it.
+    _empty_stores()
+    _empty_stores()
+    gc.freeze()
+
+
+def _tell(scratch: str, name: str, numbers: Iterable[int]) -> None:
+    """Writes a file for the host's build."""
+    numbers = iter(numbers)
+    with open(os.path.join(scratch, name), "wb") as file:
+        # All at once would need megabytes.
+        while piece := array.array("I", itertools.islice(numbers, 1024)):
+            file.write(piece)
 
 
 def _keep_all() -> None:
     """Puts all objects that stay into `_kept`."""
     # The objects made here are not among them, being newer.
     pending: list[Any] = gc.get_objects()
+    streams = {id(sys.stdin), id(sys.stdout), id(sys.stderr)}
     # A bit for each place where one can be; a set would need megabytes.
     seen = bytearray(max(map(id, pending)) >> 5)
     while pending:
@@ -160,7 +192,8 @@ def _keep_all() -> None:
         if seen[place] & bit or issubclass(kind, _MORTAL) or value is _kept:
             continue
         seen[place] |= bit
-        if not hasattr(kind, "__del__"):
+        # Nobody ends an interpreter here, so nobody closes the standard streams.
+        if not hasattr(kind, "__del__") or id(value) in streams:
             _kept.append(value)
         if kind is types.CodeType:
             pending += (getattr(value, name) for name in _OF_CODE)
@@ -171,22 +204,25 @@ def _keep_all() -> None:
                 pending += dict.keys(value)
 
 
-def _constants(code: types.CodeType, numbers: tuple[int, int], sizes: bytes) -> Iterator[int]:
-    """Yields the addresses of the instructions of `code` that have one of the opcodes
-    `numbers`. After one, so many units of its inline cache follow as `sizes` tells.
-    """
-    # They are the end of the object, and have two bytes each: opcode and argument. Not
-    # from `co_code`, of which each code object that was asked for it keeps a copy.
-    start = id(code) + types.CodeType.__basicsize__
-    opcodes: bytes = code._co_code_adaptive[::2]  # type: ignore[attr-defined]
-    if numbers[0] not in opcodes and numbers[1] not in opcodes:
-        return
-    place, end = 0, len(opcodes)
-    while place < end:
-        number = opcodes[place]
-        if number in numbers:
-            yield start + 2 * place
-        place += 1 + sizes[number]
+def _constants() -> Iterator[int]:
+    """Yields the numbers for `CONSTANTS`."""
+    special: dict[str, int] = opcode._specialized_opmap  # type: ignore[attr-defined]
+    load, mortal = opcode.opmap["LOAD_CONST"], special["LOAD_CONST_MORTAL"]
+    yield from (load, special["LOAD_CONST_IMMORTAL"], mortal)
+    sizes = _cache_sizes()
+    for code in _kept_of(types.CodeType):
+        # They are the end of the object, and have two bytes each: opcode and argument. Not
+        # from `co_code`, of which each code object that was asked for it keeps a copy.
+        start = id(code) + types.CodeType.__basicsize__
+        opcodes: bytes = code._co_code_adaptive[::2]
+        if load not in opcodes and mortal not in opcodes:
+            continue
+        place, end = 0, len(opcodes)
+        while place < end:
+            number = opcodes[place]
+            if number in (load, mortal):
+                yield start + 2 * place
+            place += 1 + sizes[number]
 
 
 def _versions(current: types.CodeType) -> Iterator[int]:
@@ -196,41 +232,53 @@ def _versions(current: types.CodeType) -> Iterator[int]:
     if any(map(sys.monitoring.get_tool, range(6))):
         # The application watches, too.
         return
-    for value in _kept:
-        if type(value) is types.CodeType and id(value) not in _run:
-            yield id(value) + _CODE_VERSION
+    for code in _kept_of(types.CodeType):
+        if id(code) not in _run:
+            yield id(code) + _CODE_VERSION
 
 
-def _list_code(path: str) -> int:
-    """Writes all but the end of `CODE` to `path`; returns how much room the code needs."""
-    kept = set(map(id, filter(lambda value: type(value) is types.CodeType, _kept)))
+def _tell_code(scratch: str, functions: Iterable[Any]) -> int:
+    """Writes `CODE`; returns how much room the code needs."""
+    kept = set(map(id, _kept_of(types.CodeType)))
     order: dict[int, int] = {}
     sizes = array.array("I")
     room = 0
-    for address, code in _run.items():
-        if address in kept:
+    for code in (*_run.values(), *(function.__code__ for function in functions)):
+        address = id(code)
+        if address in kept and address not in order:
             order[address] = len(order)
             size: int = types.CodeType.__basicsize__ + len(code._co_code_adaptive)  # type: ignore[attr-defined]
             sizes.extend((address, size))
             room += size + -size % _ALIGNMENT
     _run.clear()
     pointers = array.array("I")
-    for value in _kept:
-        if type(value) is types.FunctionType:
-            place = order.get(id(value.__code__))
+    for function in _kept_of(types.FunctionType):
+        place = order.get(id(function.__code__))
+        if place is not None:
+            pointers.extend((id(function) + _FUNC_CODE, place))
+    for code in _kept_of(types.CodeType):
+        constants = code.co_consts
+        for index, constant in enumerate(constants):
+            place = order.get(id(constant))
             if place is not None:
-                pointers.extend((id(value) + _FUNC_CODE, place))
-        elif type(value) is types.CodeType:
-            constants = value.co_consts
-            for index, constant in enumerate(constants):
-                place = order.get(id(constant))
-                if place is not None:
-                    pointers.extend((id(constants) + tuple.__basicsize__ + 4 * index, place))
-    with open(path, "wb") as file:
-        file.write(array.array("I", [len(order)]))
-        file.write(sizes)
-        file.write(pointers)
+                pointers.extend((id(constants) + tuple.__basicsize__ + 4 * index, place))
+    _tell(scratch, CODE, itertools.chain([len(order)], sizes, pointers))
     return room
+
+
+def _tell_keys(scratch: str) -> int:
+    """Writes `KEYS`; returns how much room the keys need."""
+    classes = array.array("I", (address + _CLASS_KEYS for address in _made))
+    count = len(classes)
+    _made.clear()
+    # Of an instance's dictionary: which those are, only the host can see.
+    dictionaries = (id(value) + _DICT_KEYS for value in _kept_of(dict))
+    _tell(scratch, KEYS, itertools.chain([count], classes, dictionaries))
+    return count * (_KEYS_SIZE + -_KEYS_SIZE % _ALIGNMENT)
+
+
+def _kept_of(kind: type) -> Iterator[Any]:
+    return (value for value in _kept if type(value) is kind)
 
 
 def _cache_sizes() -> bytes:
@@ -245,11 +293,41 @@ def _cache_sizes() -> bytes:
 
 def _fill_holes() -> None:
     """Allocates all memory that was freed, but for what is above the rest."""
+    _reserve()
     top = id(bytes(_ROOM))
     for size in _SIZES:
         while id(block := bytes(size)) < top:
             _kept.append(block)
     while id(small := object()) < top:
         _kept.append(small)
-    # What the list has moved out of, and other remains.
+    # Other remains.
     bytes(_ROOM)
+
+
+def _reserve() -> None:
+    """Lets `_kept` have room for what comes, for it leaves a hole when it moves."""
+    count = len(_kept)
+    _kept.extend(itertools.repeat(None, count // 4))
+    # A list keeps its memory as long as half of it is in use.
+    del _kept[count:]
+
+
+def _empty_stores() -> None:
+    """Uses up the freed objects that the interpreter has in store for the next ones of
+    their kind: those are what has been used to fill the holes."""
+    numbers = range(1000, 1100)
+    for made in (
+        map(int.__add__, numbers, numbers),
+        map(float, numbers),
+        map(list, itertools.repeat((), 100)),
+        map(dict.fromkeys, itertools.repeat("k", 100)),
+        map(iter, itertools.repeat([], 20)),
+        map(iter, itertools.repeat((0,), 20)),
+        map(slice, numbers),
+        map(getattr, itertools.repeat([], 20), itertools.repeat("append")),
+        map(getattr, itertools.repeat(dict, 20), itertools.repeat("fromkeys")),
+        map(_empty_stores.__get__, numbers),
+    ):
+        _kept.extend(made)
+    for length in range(1, 20):
+        _kept.extend(map(tuple, itertools.repeat(range(length), 20)))

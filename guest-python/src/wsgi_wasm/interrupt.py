@@ -53,15 +53,6 @@ def arm(time_left: Callable[[], int]) -> None:
     gc.callbacks.append(_collected)
 
 
-def disarm() -> None:
-    """Ends what `arm` began."""
-    global _time_left
-    _time_left = None
-    gc.callbacks.remove(_collected)
-    if hasattr(sys, "monitoring"):
-        _stop_watching()
-
-
 def sleep(seconds: Any, /) -> None:
     """Sleeps, but no longer than the request may take."""
     if _time_left is None or not isinstance(seconds, int | float):

@@ -45,6 +45,8 @@ _generators: list[random.Random] = []
 _environment: dict[str, str] = {}
 
 _seed = random.Random.seed
+# The one of the functions of `random`.
+_module_generator: random.Random = random._inst  # type: ignore[attr-defined]
 _building: _Building | None = None
 
 
@@ -52,6 +54,7 @@ def prepare() -> None:
     """Begins to watch what the application does while it is imported."""
     global _building
     _building = _Building()
+    random.seed = _seed_module
     # The layers are read-only at run time; at build time `build` compiles.
     sys.dont_write_bytecode = True
 
@@ -90,7 +93,7 @@ def freeze() -> list[str]:
         # SystemRandom has no state.
         if not isinstance(value, random.SystemRandom) and not watched.is_explicit(value)
         # componentize-py calls `random.seed()` on the first call.
-        and value is not getattr(random, "_inst", None)
+        and value is not _module_generator
     ]  # fmt: skip
     warnings = watched.leftovers()
     del watched
@@ -107,12 +110,21 @@ def renew() -> None:
     global stale
     stale = False
     for generator in _generators:
-        # Without a seed it would fetch 2.5 kB of entropy, which takes twice the time.
-        _seed(generator, int.from_bytes(os.urandom(32), "little"))
+        _seed(generator, _entropy())
     _generators.clear()
     for name, value in _environment.items():
         # The operator's word counts more than the application's default.
         os.environ.setdefault(name, value)
+
+
+def _seed_module(a: Any = None, version: int = 2) -> None:
+    """Stands for `random.seed`."""
+    _seed(_module_generator, _entropy() if a is None else a, version)
+
+
+def _entropy() -> int:
+    # Without a seed a generator fetches 2.5 kB of it, which takes twice the time.
+    return int.from_bytes(os.urandom(32), "little")
 
 
 @contextmanager

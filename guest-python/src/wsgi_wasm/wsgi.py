@@ -474,6 +474,11 @@ def _shape(names: bytes) -> _Shape:
     return shape
 
 
+def forget_shapes() -> None:
+    """Forgets what environs looked like, which is that of no client's."""
+    _shapes.clear()
+
+
 def _check_status(status: str) -> None:
     """Raises unless an application may send `status`."""
     if type(status) is not str:

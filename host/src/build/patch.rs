@@ -11,9 +11,12 @@
 //! or one for mortal constants, which counts without a look (CPython 3.14,
 //! `bytecodes.c`, `LOAD_CONST`). When the build ran, none was immortal.
 //!
-//! And an instruction that runs notes what it has seen in the cache behind it. So the
-//! code that requests run is copied to one place. What it was copied from stays, and
-//! whatever else refers to that runs the same.
+//! And an instruction that runs notes what it has seen in the cache behind it; a class
+//! counts its first instances where it has the keys of all. So the code that requests run,
+//! and the keys of the classes that they make instances of, are copied to one place. The
+//! code that was copied stays, and whatever else refers to that runs the same.
+
+use std::collections::HashMap;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use wasmparser::{DataKind, Operator, Parser, Payload};
@@ -29,92 +32,195 @@ const COUNTS: std::ops::Range<u32> = 1..1 << 24;
 /// Objects' addresses are multiples of it.
 const ALIGNMENT: u32 = 16;
 
-/// Makes the objects at `addresses`, each of four bytes in the guest's memory,
-/// immortal in the snapshot that is in `component`.
-///
-/// # Errors
-///
-/// If there is no object at one of them.
-pub fn make_immortal(component: &mut [u8], addresses: &[u8]) -> Result<()> {
-    let memory = Memory::find(component)?;
-    for address in numbers(addresses)? {
-        match u32::from_le_bytes(memory.word(component, address)) {
-            LEAST_IMMORTAL.. => {}
-            references if COUNTS.contains(&references) => {
-                memory.set_word(component, address, IMMORTAL.to_le_bytes())?;
+/// The snapshot in a component.
+pub struct Snapshot {
+    component: Vec<u8>,
+    memory: Memory,
+}
+
+impl Snapshot {
+    /// Finds the snapshot in `component`.
+    ///
+    /// # Errors
+    ///
+    /// If there is none.
+    pub fn find(component: Vec<u8>) -> Result<Snapshot> {
+        let memory = Memory::find(&component)?;
+        Ok(Snapshot { component, memory })
+    }
+
+    /// The component, with the snapshot as it is now.
+    pub fn into_component(self) -> Vec<u8> {
+        self.component
+    }
+
+    /// Makes the objects at the addresses in `list` immortal.
+    ///
+    /// # Errors
+    ///
+    /// If there is no object at one of them.
+    pub fn make_immortal(&mut self, list: &[u8]) -> Result<()> {
+        for address in numbers(list)? {
+            match self.number(address) {
+                LEAST_IMMORTAL.. => {}
+                references if COUNTS.contains(&references) => self.set(address, IMMORTAL)?,
+                other => bail!("no object is at address {address}, which holds {other}"),
             }
-            other => bail!("no object is at address {address}, which holds {other}"),
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Makes the instructions at the addresses in `list`, each of four bytes, load immortal
-/// constants. Before the addresses come three opcodes: see `CONSTANTS` in `image.py`.
-///
-/// # Errors
-///
-/// If there is no such instruction at one of them.
-pub fn borrow_constants(component: &mut [u8], list: &[u8]) -> Result<()> {
-    let memory = Memory::find(component)?;
-    let mut list = numbers(list)?;
-    let mut opcode = || u8::try_from(list.next().unwrap_or(u32::MAX)).context("an opcode is missing");
-    let (any, immortal, mortal) = (opcode()?, opcode()?, opcode()?);
-    for address in list {
-        let place = memory.place(address);
-        match place.map(|place| &mut component[place]) {
-            Some(byte) if [any, immortal, mortal].contains(byte) => *byte = immortal,
-            _ => bail!("no instruction that loads a constant is at address {address}"),
+    /// Makes the instructions at the addresses in `list` load immortal constants. Before
+    /// the addresses come three opcodes: see `CONSTANTS` in `image.py`.
+    ///
+    /// # Errors
+    ///
+    /// If there is no such instruction at one of them.
+    pub fn borrow_constants(&mut self, list: &[u8]) -> Result<()> {
+        let mut list = numbers(list)?;
+        let mut opcode = || u8::try_from(list.next().unwrap_or(u32::MAX)).context("an opcode is missing");
+        let (any, immortal, mortal) = (opcode()?, opcode()?, opcode()?);
+        for address in list {
+            let place = self.memory.place(address);
+            match place.map(|place| &mut self.component[place]) {
+                Some(byte) if [any, immortal, mortal].contains(byte) => *byte = immortal,
+                _ => bail!("no instruction that loads a constant is at address {address}"),
+            }
         }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Makes code as new as the interpreter's events: see `VERSIONS` in `image.py`.
-///
-/// # Errors
-///
-/// If there are no versions.
-pub fn renew_code(component: &mut [u8], list: &[u8]) -> Result<()> {
-    let memory = Memory::find(component)?;
-    let mut list = numbers(list)?;
-    let current = memory.word(component, list.next().context("the list of versions is empty")?);
-    for address in list {
-        memory.set_word(component, address, current)?;
+    /// Makes code as new as the interpreter's events: see `VERSIONS` in `image.py`.
+    ///
+    /// # Errors
+    ///
+    /// If there are no versions.
+    pub fn renew_code(&mut self, list: &[u8]) -> Result<()> {
+        let mut list = numbers(list)?;
+        let current = self.number(list.next().context("the list of versions is empty")?);
+        for address in list {
+            self.set(address, current)?;
+        }
+        Ok(())
     }
-    Ok(())
-}
 
-/// Copies code to where it lies together, as `list` tells: see `CODE` in `image.py`. Last
-/// of all, so that the copies have what was done to the code.
-///
-/// # Errors
-///
-/// If `list` is not about what is there.
-pub fn gather_code(component: &mut [u8], list: &[u8]) -> Result<()> {
-    let memory = Memory::find(component)?;
-    let list: Vec<_> = numbers(list)?.collect();
-    let (Some((count, rest)), Some(mut target)) = (list.split_first(), list.last().copied()) else {
-        bail!("the list of code is empty");
-    };
-    let (code, rest) = rest.as_chunks::<2>().0.split_at_checked(*count as usize).context("it is cut off")?;
-    let mut moved = Vec::new();
-    for &[source, length] in code {
-        moved.push((source, target));
+    /// Copies what requests write to, and nothing allocates, to where it lies together:
+    /// see `CODE`, `KEYS` and `ROOM` in `image.py`. Last of all, so that the copies have
+    /// what was done to the originals.
+    ///
+    /// # Errors
+    ///
+    /// If the lists are not about what is there.
+    pub fn gather(&mut self, code: &[u8], keys: &[u8], room: &[u8]) -> Result<()> {
+        let room: Vec<_> = numbers(room)?.collect();
+        let [start, length] = room[..] else { bail!("where there is room is two numbers") };
+        let end = start.checked_add(length).context("there is no such room")?;
+        let mut room = Room { next: start.next_multiple_of(ALIGNMENT), end };
+        self.gather_code(code, &mut room).context("failed to move code")?;
+        self.gather_keys(keys, &mut room).context("failed to move keys")
+    }
+
+    fn gather_code(&mut self, list: &[u8], room: &mut Room) -> Result<()> {
+        let list: Vec<_> = numbers(list)?.collect();
+        let (count, rest) = list.split_first().context("the list is empty")?;
+        let (code, pointers) =
+            rest.as_chunks::<2>().0.split_at_checked(*count as usize).context("the list is cut off")?;
+        let mut moved = Vec::new();
+        for &[source, length] in code {
+            moved.push((source, self.copy(source, length, room)?));
+        }
+        for &[pointer, number] in pointers {
+            let (source, target) = moved.get(number as usize).context("a pointer is to no code")?;
+            ensure!(self.number(pointer) == *source, "no pointer to code is at address {pointer}");
+            self.set(pointer, *target)?;
+        }
+        Ok(())
+    }
+
+    /// The keys of a class count how many instances there were, and who has a dictionary.
+    fn gather_keys(&mut self, list: &[u8], room: &mut Room) -> Result<()> {
+        let list: Vec<_> = numbers(list)?.collect();
+        let (count, rest) = list.split_first().context("the list is empty")?;
+        let (classes, dictionaries) =
+            rest.split_at_checked(*count as usize).context("the list is cut off")?;
+        let mut moved = HashMap::new();
+        for &pointer in classes {
+            let source = self.number(pointer);
+            // Some classes have none.
+            if source == 0 {
+                continue;
+            }
+            let target = self.copy(source, self.size_of_keys(source)?, room)?;
+            self.set(pointer, target)?;
+            moved.insert(source, target);
+        }
+        for &pointer in dictionaries {
+            if let Some(target) = moved.get(&self.number(pointer)) {
+                self.set(pointer, *target)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of the keys at `address` (CPython 3.14, `pycore_dict.h`, `_dictkeysobject`).
+    fn size_of_keys(&self, address: u32) -> Result<u32> {
+        let at = |offset| self.number(address.saturating_add(offset));
+        let [log2_entries, log2_indices, kind, _] = at(4).to_le_bytes();
+        let (usable, used) = (at(12), at(16));
+        // `DICT_KEYS_SPLIT`, and `SHARED_KEYS_MAX_SIZE` in a table for some more.
+        let are_shared = kind == 2 && (log2_entries, log2_indices) == (6, 6);
+        ensure!(are_shared && usable <= 30 && used <= 30, "no keys of a class are at address {address}");
+        let entries = (2 << log2_entries) / 3;
+        Ok(20 + (1 << log2_indices) + 8 * entries)
+    }
+
+    /// Copies `length` bytes from `source` to the next free place in `room`, and returns where it is.
+    fn copy(&mut self, source: u32, length: u32, room: &mut Room) -> Result<u32> {
+        let target = room.take(length).context("there is too little room")?;
         for offset in 0..length {
-            let byte = memory.place(source.saturating_add(offset)).map_or(0, |place| component[place]);
-            let place = memory.place(target.saturating_add(offset)).context("there is no room for code")?;
-            component[place] = byte;
+            let byte = self.memory.place(source.saturating_add(offset));
+            let byte = byte.map_or(0, |place| self.component[place]);
+            let place = self.memory.place(target + offset).context("the room is not in the snapshot")?;
+            self.component[place] = byte;
         }
-        target = target.saturating_add(length).next_multiple_of(ALIGNMENT);
+        Ok(target)
     }
-    for &[pointer, number] in rest {
-        let (source, target) = moved.get(number as usize).context("a pointer is to no code")?;
-        let found = memory.word(component, pointer);
-        ensure!(found == source.to_le_bytes(), "no pointer to code is at address {pointer}");
-        memory.set_word(component, pointer, target.to_le_bytes())?;
+
+    /// The four bytes at `address`.
+    fn number(&self, address: u32) -> u32 {
+        let bytes = self.memory.places(address).map(|place| place.map_or(0, |place| self.component[place]));
+        u32::from_le_bytes(bytes)
     }
-    Ok(())
+
+    /// Replaces the four bytes at `address`.
+    ///
+    /// Zeros that begin or end a piece are left out of it. Those that end one are more
+    /// than there are in a word, so a last byte that is not zero has its place.
+    fn set(&mut self, address: u32, number: u32) -> Result<()> {
+        for (place, byte) in self.memory.places(address).into_iter().zip(number.to_le_bytes()) {
+            match place {
+                Some(place) => self.component[place] = byte,
+                None => ensure!(byte == 0, "a part of what is at address {address} is not in the snapshot"),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Memory that nobody uses.
+struct Room {
+    next: u32,
+    end: u32,
+}
+
+impl Room {
+    /// The address of `length` bytes of it, if there are as many.
+    fn take(&mut self, length: u32) -> Option<u32> {
+        let address = self.next;
+        let end = address.checked_add(length).filter(|end| *end <= self.end)?;
+        self.next = end.checked_next_multiple_of(ALIGNMENT)?;
+        Some(address)
+    }
 }
 
 /// The numbers in a file of the guest.
@@ -177,25 +283,6 @@ impl Memory {
     fn places(&self, address: u32) -> [Option<usize>; 4] {
         [0, 1, 2, 3].map(|byte| self.place(address.checked_add(byte)?))
     }
-
-    /// The four bytes at `address`.
-    fn word(&self, component: &[u8], address: u32) -> [u8; 4] {
-        self.places(address).map(|place| place.map_or(0, |place| component[place]))
-    }
-
-    /// Replaces the four bytes at `address`.
-    ///
-    /// Zeros that begin or end a piece are left out of it. Those that end one are more
-    /// than there are in a word, so a last byte that is not zero has its place.
-    fn set_word(&self, component: &mut [u8], address: u32, word: [u8; 4]) -> Result<()> {
-        for (place, byte) in self.places(address).into_iter().zip(word) {
-            match place {
-                Some(place) => component[place] = byte,
-                None => ensure!(byte == 0, "a part of what is at address {address} is not in the snapshot"),
-            }
-        }
-        Ok(())
-    }
 }
 
 #[cfg(test)]
@@ -230,10 +317,14 @@ mod tests {
         numbers.iter().flat_map(|number| number.to_le_bytes()).collect()
     }
 
+    fn snapshot(pieces: &[(i32, &[u8])]) -> Snapshot {
+        Snapshot::find(component(pieces)).unwrap()
+    }
+
     fn made_immortal(pieces: &[(i32, &[u8])], addresses: &[u32]) -> Result<Vec<u8>> {
-        let mut component = component(pieces);
-        make_immortal(&mut component, &list(addresses))?;
-        Ok(component)
+        let mut snapshot = snapshot(pieces);
+        snapshot.make_immortal(&list(addresses))?;
+        Ok(snapshot.into_component())
     }
 
     #[test]
@@ -256,47 +347,87 @@ mod tests {
         let code = [1, 2, 0, 4, 5, 0, 0, 0, 6, 7, 8];
         let pointers = [0x18, 1, 0, 0, 0x10, 1];
         let pieces: [(i32, &[u8]); 3] = [(0x110, &code), (0x200, &pointers), (0x300, &room)];
-        let told = [2, 0x110, 5, 0x118, 3, 0x200, 1, 0x204, 0, 0x300];
-        let mut patched = component(&pieces);
-        gather_code(&mut patched, &list(&told)).unwrap();
+        let told = [2, 0x110, 5, 0x118, 3, 0x200, 1, 0x204, 0];
+        let gather = |told: &[u32], room: &[u32]| {
+            let mut patched = snapshot(&pieces);
+            patched.gather(&list(told), &list(&[0]), &list(room))?;
+            anyhow::Ok(patched.into_component())
+        };
         let mut moved = room;
         moved[..5].copy_from_slice(&code[..5]);
         moved[16..19].copy_from_slice(&code[8..]);
         let after = [0x10, 3, 0, 0, 0, 3];
-        assert_eq!(patched, component(&[(0x110, &code), (0x200, &after), (0x300, &moved)]));
-        // Neither room for it, nor a pointer to it, nor code of that number.
+        let expected = component(&[(0x110, &code), (0x200, &after), (0x300, &moved)]);
+        assert_eq!(gather(&told, &[0x2f1, 0x22]).unwrap(), expected);
+        // Too little room, and none.
+        for room in [&[0x2f1, 0x21][..], &[0x310, 0x20], &[0xffff_fff0, 0x20], &[0x300], &[]] {
+            assert!(gather(&told, room).is_err(), "{room:x?}");
+        }
+        // No pointer to it, no code of that number, and fewer than there should be.
         let bad = [
-            [2, 0x110, 5, 0x118, 3, 0x200, 1, 0x204, 0, 0x310],
-            [2, 0x110, 5, 0x118, 3, 0x201, 1, 0x204, 0, 0x300],
-            [2, 0x110, 5, 0x118, 3, 0x200, 2, 0x204, 0, 0x300],
-            [9, 0x110, 5, 0x118, 3, 0x200, 1, 0x204, 0, 0x300],
+            [2, 0x110, 5, 0x118, 3, 0x201, 1, 0x204, 0],
+            [2, 0x110, 5, 0x118, 3, 0x200, 2, 0x204, 0],
+            [9, 0x110, 5, 0x118, 3, 0x200, 1, 0x204, 0],
         ];
         for told in bad {
-            assert!(gather_code(&mut component(&pieces), &list(&told)).is_err(), "{told:x?}");
+            assert!(gather(&told, &[0x300, 0x18]).is_err(), "{told:x?}");
         }
-        assert!(gather_code(&mut component(&pieces), &[]).is_err());
+        assert!(gather(&[], &[0x300, 0x18]).is_err());
+    }
+
+    #[test]
+    fn keys_are_copied_with_all_that_share_them() {
+        let mut keys = [0xee; 20 + 64 + 8 * 42];
+        // References, sizes and kind, version, how many can come, how many there are.
+        for (place, number) in [(0, 2), (4, 0x0002_0606), (8, 77), (12, 21), (16, 3)] {
+            keys[place..][..4].copy_from_slice(&u32::to_le_bytes(number));
+        }
+        let other = [0xff; 512];
+        // Two classes, one of them without keys; a dictionary with those of the class, and another one.
+        let pointers = |keys: u32| [keys, 0, keys, 0x1234].map(u32::to_le_bytes).concat();
+        let gather = |keys: &[u8], told: &[u32]| {
+            let (pointers, mut after) = (pointers(0x1004), other);
+            let pieces: [(i32, &[u8]); 3] = [(0x1004, keys), (0x2000, &pointers), (0x3000, &other)];
+            let mut patched = snapshot(&pieces);
+            patched.gather(&list(&[0]), &list(told), &list(&[0x3000, 512]))?;
+            after[..keys.len()].copy_from_slice(keys);
+            anyhow::Ok((patched.into_component(), after))
+        };
+        let told = [2, 0x2000, 0x2004, 0x2008, 0x200c];
+        let (patched, after) = gather(&keys, &told).unwrap();
+        let moved = pointers(0x3000);
+        assert_eq!(patched, component(&[(0x1004, &keys), (0x2000, &moved), (0x3000, &after)]));
+        // Dictionaries of another kind, and numbers that can not be.
+        for (place, byte) in [(6, 1), (4, 5), (5, 30), (12, 31), (19, 1)] {
+            let mut bad = keys;
+            bad[place] = byte;
+            assert!(gather(&bad, &told).is_err(), "{place}");
+        }
+        for told in [&[5, 0x2000, 0x2004][..], &[1, 0x200c], &[]] {
+            assert!(gather(&keys, told).is_err(), "{told:x?}");
+        }
     }
 
     #[test]
     fn versions_become_the_current_one() {
         let pieces: [(i32, &[u8]); 1] = [(16, &[7, 1, 0, 0, 9, 2, 0, 0, 9, 9])];
-        let mut patched = component(&pieces);
-        renew_code(&mut patched, &list(&[16, 20])).unwrap();
-        assert_eq!(patched, component(&[(16, &[7, 1, 0, 0, 7, 1, 0, 0, 9, 9])]));
-        assert!(renew_code(&mut patched, &list(&[16, 99])).is_err());
-        assert!(renew_code(&mut patched, &[]).is_err());
+        let mut patched = snapshot(&pieces);
+        patched.renew_code(&list(&[16, 20])).unwrap();
+        assert!(patched.renew_code(&list(&[16, 99])).is_err());
+        assert!(patched.renew_code(&[]).is_err());
+        assert_eq!(patched.into_component(), component(&[(16, &[7, 1, 0, 0, 7, 1, 0, 0, 9, 9])]));
     }
 
     #[test]
     fn instructions_that_load_constants_are_replaced() {
         let memory: [(i32, &[u8]); 1] = [(16, &[82, 1, 191, 2, 190, 3, 9, 82])];
-        let mut patched = component(&memory);
-        borrow_constants(&mut patched, &list(&[82, 190, 191, 16, 18, 20])).unwrap();
-        assert_eq!(patched, component(&[(16, &[190, 1, 190, 2, 190, 3, 9, 82])]));
+        let mut patched = snapshot(&memory);
+        patched.borrow_constants(&list(&[82, 190, 191, 16, 18, 20])).unwrap();
         for bad in [&[82, 190, 191, 22][..], &[82, 190, 191, 15], &[82, 190], &[82, 190, 256]] {
-            assert!(borrow_constants(&mut patched, &list(bad)).is_err(), "{bad:?}");
+            assert!(patched.borrow_constants(&list(bad)).is_err(), "{bad:?}");
         }
-        assert!(borrow_constants(&mut patched, &[1, 2, 3]).is_err());
+        assert!(patched.borrow_constants(&[1, 2, 3]).is_err());
+        assert_eq!(patched.into_component(), component(&[(16, &[190, 1, 190, 2, 190, 3, 9, 82])]));
     }
 
     #[test]
@@ -305,8 +436,7 @@ mod tests {
         for address in [0, 20, 24, 1 << 20, u32::MAX] {
             assert!(made_immortal(&memory, &[address]).is_err(), "{address}");
         }
-        assert!(made_immortal(&[], &[]).is_err());
-        let mut truncated = component(&memory);
-        assert!(make_immortal(&mut truncated, &[1, 2, 3]).is_err());
+        assert!(Snapshot::find(component(&[])).is_err());
+        assert!(snapshot(&memory).make_immortal(&[1, 2, 3]).is_err());
     }
 }
