@@ -129,6 +129,7 @@ pub enum Streams {
 pub struct Instance {
     store: Store<HostState>,
     guest: bindings::Application,
+    start_time: Duration,
     requests: u64,
 }
 
@@ -187,9 +188,10 @@ impl Instance {
         let (clock, turns) = (store.data().clock.clone(), Arc::clone(&store.data().turns));
         clock.start(Some(START_TIMEOUT), None);
         let started = clock.enforce(program.linked.instantiate_async(&mut store), &Starting(&turns)).await;
+        let start_time = Duration::from_micros(clock.cpu_used());
         clock.start(None, None);
         match started {
-            Ok(guest) => Ok(Instance { store, guest: guest?, requests: 0 }),
+            Ok(guest) => Ok(Instance { store, guest: guest?, start_time, requests: 0 }),
             Err(Elapsed) => Err(Elapsed.into()),
         }
     }
@@ -277,6 +279,11 @@ impl Instance {
     /// Its clock.
     pub fn clock(&self) -> Clock {
         self.store.data().clock.clone()
+    }
+
+    /// The processor time that its start took.
+    pub fn start_time(&self) -> Duration {
+        self.start_time
     }
 
     /// How many requests the instance has worked on.

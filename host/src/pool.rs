@@ -17,6 +17,11 @@ use crate::failure::Failure;
 use crate::footprint::{self, Together};
 use crate::instance::{self, Grants, Instance, Program, Streams, TenantFull};
 
+/// Processor time that the start of an instance takes at most on a thread where others' requests
+/// wait. Most
+/// take a twentieth of it; those of an app that writes to much memory, longer.
+const LONG_START: Duration = Duration::from_millis(1);
+
 /// How far instances are shared.
 #[derive(
     Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum, serde::Deserialize, schemars::JsonSchema,
@@ -234,6 +239,8 @@ pub struct Pool {
     idle: Mutex<Vec<(Live, Instant)>>,
     /// Instances being prepared.
     preparing: AtomicUsize,
+    /// Whether it took long to prepare the last one.
+    start_is_long: AtomicBool,
 }
 
 impl Pool {
@@ -252,6 +259,7 @@ impl Pool {
             occupancy: Arc::default(),
             idle: Mutex::default(),
             preparing: AtomicUsize::new(0),
+            start_is_long: AtomicBool::new(false),
         });
         pools.add(&pool);
         pool
@@ -491,9 +499,8 @@ impl Pool {
         oldest.is_some()
     }
 
-    /// With [`Isolation::Request`], makes an instance for a later request in
-    /// the background, as long as there are fewer at rest than requests in
-    /// work, or none at all.
+    /// With [`Isolation::Request`], makes an instance for a later request, as long as
+    /// there are fewer at rest than requests in work, or none at all.
     fn prepare(self: &Arc<Self>) {
         if self.settings.isolation != Isolation::Request || self.is_retired.load(Ordering::Relaxed) {
             return;
@@ -509,18 +516,28 @@ impl Pool {
         }
         self.preparing.fetch_add(1, Ordering::Relaxed);
         let pool = Arc::clone(self);
-        // It is not what a request waits for.
-        self.grants.share.background().spawn(async move {
+        let preparation = async move {
             let started = pool.start().await;
             pool.preparing.fetch_sub(1, Ordering::Relaxed);
             match started {
-                Ok(instance) => pool.rest(instance),
+                Ok(live) => {
+                    let is_long = live.instance.start_time() >= LONG_START;
+                    pool.start_is_long.store(is_long, Ordering::Relaxed);
+                    pool.rest(live);
+                }
                 // A request that needs one will try again and report it.
                 Err(error) => {
                     tracing::debug!(app = %pool.grants.name, "failed to prepare an instance: {error:#}")
                 }
             }
-        });
+        };
+        // It is not what a request waits for. But it is soon done, and then cheaper here: with
+        // memory that was just in use, and without another thread that has to wake up.
+        if self.start_is_long.load(Ordering::Relaxed) || self.grants.share.is_ahead() {
+            self.grants.share.background().spawn(preparation);
+        } else {
+            tokio::spawn(preparation);
+        }
     }
 
     fn rest(&self, live: Live) {
