@@ -72,12 +72,13 @@ const NICENESS: i32 = 8;
 /// Less than that, on the scale from 0 to 99 of the library that sets policies.
 const SOMEWHAT_NICE: u8 = 40;
 
-/// The threads on which requests begin, one for each processor.
+/// The threads on which requests begin, one for each processor. Each calls `parks` when it
+/// has nothing to do: see [`Scheduler::is_computing`].
 ///
 /// # Errors
 ///
 /// If they can not be started.
-pub fn foreground() -> std::io::Result<Runtime> {
+pub fn foreground(parks: impl Fn() + Send + Sync + 'static) -> std::io::Result<Runtime> {
     // Not more than can run, so that they need not wait for each other.
     let threads = processors().max(2);
     let pins = Pins::new(threads);
@@ -87,6 +88,7 @@ pub fn foreground() -> std::io::Result<Runtime> {
         // of others' requests makes each of them long.
         .event_interval(8)
         .on_thread_start(move || pins.iter().for_each(Pins::started))
+        .on_thread_park(parks)
         .enable_all()
         .build()
 }
@@ -255,6 +257,7 @@ impl Share {
         let mut state = self.scheduler.lock();
         if state.free > 0 {
             state.free -= 1;
+            self.scheduler.is_computing.store(true, Ordering::Relaxed);
             return Turn(Place::Free(Slot(Some(Arc::clone(&self.scheduler))), false));
         }
         let (sender, receiver) = oneshot::channel();
@@ -343,6 +346,8 @@ pub struct Scheduler {
     is_busy: AtomicBool,
     /// Whether anyone waits: what most requests ask, without the lock.
     is_contended: AtomicBool,
+    /// Whether anyone has a slot.
+    is_computing: AtomicBool,
     background: Option<Handle>,
 }
 
@@ -407,13 +412,18 @@ impl Scheduler {
             surveyed_at: AtomicU64::new(0),
             is_busy: AtomicBool::new(false),
             is_contended: AtomicBool::new(false),
+            is_computing: AtomicBool::new(false),
             background,
         })
     }
 
-    /// Whether guests compute for long at this moment.
+    /// Whether guests compute for long at this moment. Then the epoch has to advance often:
+    /// by time, and when a thread of the foreground has nothing to do any more. The one of
+    /// the background that goes on there is safe from being interrupted for the next
+    /// milliseconds, as the kernel sees it (EEVDF, "run to parity"), even by the thread of the
+    /// epoch. At the next tick it gives that up.
     pub fn is_computing(&self) -> bool {
-        (self.lock().free as u64) < self.slots
+        self.is_computing.load(Ordering::Relaxed)
     }
 
     /// Counts what was charged; from time to time, looks at how busy the
@@ -471,6 +481,7 @@ impl Scheduler {
                 .map(|(index, _)| index);
             let Some(index) = next else {
                 state.free += 1;
+                self.is_computing.store((state.free as u64) < self.slots, Ordering::Relaxed);
                 self.is_contended.store(false, Ordering::Relaxed);
                 return;
             };
@@ -554,7 +565,14 @@ impl Turnstile for Turns {
         if standing.turn.is_none() && self.share.is_ahead() {
             standing.turn = Some(self.share.turn());
         }
-        Turns::poll_line(&mut standing, context, microseconds)
+        let turn = Turns::poll_line(&mut standing, context, microseconds);
+        let has_slot = standing.slot.is_some();
+        drop(standing);
+        if has_slot {
+            // As at a tick, for the first one is a while off.
+            let_others_go_first();
+        }
+        turn
     }
 
     fn computed(&self, microseconds: u64) {

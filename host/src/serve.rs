@@ -74,9 +74,15 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     // Before the first thread: not all of it reaches those that run already.
     sandbox::apply(args.sandbox, &paths_in_use(args, &plan, &state.get(), &cache, &addresses)?)?;
     // What computes for long does so elsewhere: see `scheduler`.
-    let runtime = scheduler::foreground().context("failed to start the runtime")?;
     let background = scheduler::background().context("failed to start the threads for guests")?;
     let scheduler = Scheduler::new(Some(background.handle().clone()));
+    let (guests, epoch) = (Arc::clone(&scheduler), engine.clone());
+    let parks = move || {
+        if guests.is_computing() {
+            epoch.increment_epoch();
+        }
+    };
+    let runtime = scheduler::foreground(parks).context("failed to start the runtime")?;
     let guests = Arc::clone(&scheduler);
     let _ticker = EpochTicker::start(&engine, move || guests.is_computing())
         .context("failed to start the epoch thread")?;
