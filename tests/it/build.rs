@@ -308,7 +308,7 @@ fn a_second_build_comes_from_the_cache() {
     let first = guest("behaviours");
     let output = Path::new(env!("CARGO_TARGET_TMPDIR")).join("again.wasm");
     let again = run(wsgi_wasm()
-        .args(["build", "--warmup", "/hello", "--dir"])
+        .args(["build", "--warmup", "/hello", "--warmup", "/classes", "--dir"])
         .arg(crate::harness::guest_sources("behaviours"))
         .arg("-o")
         .arg(&output))

@@ -143,6 +143,8 @@ fn a_directory_is_built_and_served() {
     let server = Server::spawn(wsgi_wasm().arg("serve").arg(guest_sources("behaviours")).args([
         "--warmup",
         "/hello",
+        "--warmup",
+        "/classes",
         "--bind",
         "127.0.0.1:0",
     ]));
@@ -151,7 +153,8 @@ fn a_directory_is_built_and_served() {
     server.finish();
     let server = Server::spawn(
         wsgi_wasm()
-            .args(["serve", "app:app", "--warmup", "/hello", "--bind", "127.0.0.1:0", "--dir"])
+            .args(["serve", "app:app", "--bind", "127.0.0.1:0"])
+            .args(["--warmup", "/hello", "--warmup", "/classes", "--dir"])
             .arg(guest_sources("behaviours")),
     );
     assert_eq!(server.get("/hello").ok(), "Hello, world!\n");

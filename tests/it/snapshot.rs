@@ -57,6 +57,30 @@ fn an_instance_is_replaced_after_its_requests() {
     server.finish();
 }
 
+/// The keys that a class shares with its objects are moved in the snapshot.
+#[test]
+fn classes_work_on_where_the_build_left_them() {
+    let ask = |server: &Server, name: &str| server.get(&format!("/classes?{name}")).ok();
+    let late = r#"[{"x": 1, "late": 3}, {"x": 0, "warm": 4, "late": 4}, {"value": 2}]"#;
+    let server = Server::start("behaviours", &["--isolation", "request"]);
+    for _ in 0..3 {
+        assert_eq!(ask(&server, "late"), late);
+    }
+    server.finish();
+    let server = Server::start("behaviours", &["--instances", "1"]);
+    assert_eq!(ask(&server, "late"), late);
+    let later = r#"[{"x": 1, "later": 3}, {"x": 0, "warm": 4, "late": 4, "later": 4}, {"value": 2}]"#;
+    assert_eq!(ask(&server, "later"), later);
+    // More than a class shares, and more objects than it counts.
+    for number in 0..40 {
+        ask(&server, &format!("n{number}"));
+    }
+    let many = json(&ask(&server, "late"));
+    assert_eq!(many[0], serde_json::json!({"x": 1, "late": 3}));
+    assert_eq!(many[1].as_object().unwrap().len(), 44);
+    server.finish();
+}
+
 #[test]
 fn the_environment_is_the_one_of_run_time() {
     let server = Server::start("behaviours", &["--env", "MODE=live", "--env", "EMPTY="]);

@@ -270,6 +270,8 @@ def _tell_keys(scratch: str) -> int:
     """Writes `KEYS`; returns how much room the keys need."""
     classes = array.array("I", (address + _CLASS_KEYS for address in _made))
     count = len(classes)
+    # One of a request's own would be gone.
+    _kept.extend(_made.values())
     _made.clear()
     # Of an instance's dictionary: which those are, only the host can see.
     dictionaries = (id(value) + _DICT_KEYS for value in _kept_of(dict))

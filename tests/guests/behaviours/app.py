@@ -439,6 +439,30 @@ def collect_for_ever(environ, start_response):
         kept.append([sum(range(50))])
 
 
+class Point:
+    def __init__(self, x):
+        self.x = x
+
+
+# It has a dictionary in the snapshot.
+ORIGIN = Point(0)
+vars(ORIGIN)
+
+
+def classes(environ, start_response):
+    """Makes objects of a class that is there and of a new one, with an attribute more."""
+
+    class Local:
+        def __init__(self, value):
+            self.value = value
+
+    point, local = Point(1), Local(2)
+    name = environ["QUERY_STRING"] or "warm"
+    setattr(point, name, 3)
+    setattr(ORIGIN, name, 4)
+    return reply(start_response, json.dumps([vars(point), vars(ORIGIN), vars(local)]))
+
+
 def nap(environ, start_response):
     """Sleeps for as long as the query says, or as it may."""
     time.sleep(float(environ["QUERY_STRING"]))
@@ -772,7 +796,7 @@ ROUTES = {
     for function in (
         hello, show_environ, echo, count, count_only, lines, use_input, read_and_tell, ignore_body, stream_too_much,
         whole_too_much, whole_too_little, late_start, replace_head, replace_sent_head, start_twice, wrong_start,
-        ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, work_slowly, nap, keep_temporary,
+        ordered_headers, write_slowly, close_how, close_count, send_file, send_temporary, send_file_like, big_file, collect_for_ever, classes, work_slowly, nap, keep_temporary,
         early_hints, late_early_hints, large, large_whole, stream, stream_exact, whole_then, single,
         stream_for_ever, stream_then_fail, stream_too_little, stream_slowly, stream_then_spin, write_callable, cookies,
         status, fail, exit_app, not_callable_result, text_chunk, no_start_response, bad_header,
