@@ -95,9 +95,11 @@ pub fn runner(instances: u32) -> Result<Engine> {
         .table_elements(TABLE_ELEMENTS)
         // A slot that is used again is reset by copying back the pages that
         // the last guest changed, found by the kernel's PAGEMAP_SCAN where it
-        // has that (Linux 6.7), instead of dropping and faulting in every page.
+        // has that (Linux 6.7), instead of dropping and faulting in every page. Only so
+        // many: to copy tens of megabytes takes milliseconds in which nobody gives way,
+        // and each slot would keep them.
         .pagemap_scan(Enabled::Auto)
-        .linear_memory_keep_resident(32 << 20)
+        .linear_memory_keep_resident(4 << 20)
         .table_keep_resident(1 << 20)
         .async_stack_keep_resident(64 << 10);
     let mut config = code_config();
