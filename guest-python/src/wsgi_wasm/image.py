@@ -66,7 +66,7 @@ _OF_CODE = (
 # Above all that was ever allocated there is to be so much, all zero: zeros are
 # not in the snapshot. Enough for what `settle` itself needed, and for the
 # requests of most applications, so that they need not grow the memory.
-_ROOM = 3 * 1024 * 1024
+_ROOM = 4 * 1024 * 1024
 # None is so small that there is one object for all.
 _SIZES = (*(1 << power for power in range(19, 12, -1)), *range(4096, 256, -64), *range(256, 0, -8))
 
@@ -161,6 +161,8 @@ def settle(scratch: str, more: Iterable[Any]) -> None:
     # What it uses itself in the first one is in store after it.
     _empty_stores()
     _empty_stores()
+    # The remains of all that, and what it has taken of the room.
+    bytes(_ROOM)
     gc.freeze()
 
 
@@ -302,8 +304,6 @@ def _fill_holes() -> None:
             _kept.append(block)
     while id(small := object()) < top:
         _kept.append(small)
-    # Other remains.
-    bytes(_ROOM)
 
 
 def _reserve() -> None:
