@@ -17,9 +17,9 @@ use crate::failure::Failure;
 use crate::footprint::{self, Together};
 use crate::instance::{self, Grants, Instance, Program, Streams, TenantFull};
 
-/// Processor time that the start of an instance takes at most on a thread where others' requests
-/// wait. Most
-/// take a twentieth of it; those of an app that writes to much memory, longer.
+/// Processor time that the start of an instance takes at most on a thread where others'
+/// requests wait. Most take a twentieth of it; those of an app that writes to much memory,
+/// longer.
 const LONG_START: Duration = Duration::from_millis(1);
 
 /// How far instances are shared.
