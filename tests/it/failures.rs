@@ -67,7 +67,7 @@ fn starting_instances_leaves_the_processor_free() {
     // On one processor, where a place that is not given back is missed.
     let mut command = std::process::Command::new("taskset");
     let plain = wsgi_wasm();
-    command.args(["--cpu-list", "0"]).arg(plain.get_program());
+    command.args(["--cpu-list", "0"]).arg(plain.get_program()).args(plain.get_args());
     for (name, value) in plain.get_envs() {
         match value {
             Some(value) => command.env(name, value),

@@ -16,8 +16,13 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const START_PATIENCE: Duration = Duration::from_secs(180);
 
 /// The binary under test, with a cache of the tests' own.
+///
+/// In a session of its own, as a service is. Within one, threads in the background are
+/// nicer than whatever else computes there: other tests, and their builds of guests.
 pub fn wsgi_wasm() -> Command {
-    set_up(Command::new(env!("CARGO_BIN_EXE_wsgi-wasm")))
+    let mut command = Command::new("setsid");
+    command.arg(env!("CARGO_BIN_EXE_wsgi-wasm"));
+    set_up(command)
 }
 
 fn set_up(mut command: Command) -> Command {

@@ -585,6 +585,7 @@ fn python_that_attacks_is_stopped() {
             ("/fill-tmp?0", " 51"),
             ("/hoard-tmp", " 51"),
             ("/short-spin?100", "spun"),
+            ("/send-when-full?900000", "filled, and refused"),
             ("/churn?40", "40"),
             ("/chatter?10000", "said"),
             ("/long-line?100000", "said"),
@@ -834,7 +835,9 @@ fn all_tenants_together_hold_no_more_memory_than_the_server_has() {
     }
     let statuses: Vec<u16> = busy.iter_mut().map(|connection| connection.read_head().status).collect();
     assert!(statuses.contains(&200) && statuses.contains(&503), "{statuses:?}");
-    assert!(held("hostile") <= 280 * MIB, "{}", held("hostile"));
+    // Instances hold no more than seven eighths. What answers hold on their way comes on top.
+    let on_their_way = busy.len() as u64 * (16 << 10);
+    assert!(held("hostile") <= 280 * MIB + on_their_way, "{}", held("hostile"));
     for _ in 0..5 {
         assert_eq!(arena.get("victim", "/hello").ok(), "Hello, world!\n");
     }

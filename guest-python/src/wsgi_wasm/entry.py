@@ -16,6 +16,10 @@ from wsgi_wasm import build, command, interrupt, snapshot, wsgi
 from wsgi_wasm.streams import BodyAborted, BodyTooLarge
 
 
+# Bytes for which there is no room where an allocation has just failed.
+_MUCH = 64 * 1024
+
+
 class _Host:
     """The host's functions for `wsgi.run`, with exceptions for the contract's errors."""
 
@@ -44,6 +48,7 @@ class _Host:
 
     @staticmethod
     def write(chunk: bytes) -> None:
+        _need_room(chunk)
         try:
             response.write(chunk)
         except Err as error:
@@ -58,6 +63,7 @@ class _Host:
 
     @staticmethod
     def send_whole(whole: bytes) -> None:
+        _need_room(whole)
         try:
             response.send_whole(whole)
         except Err as error:
@@ -107,6 +113,17 @@ class _Derivation:
             raise ValueError(error.value.value) from None
 
 
+def _need_room(data: bytes) -> None:
+    """Raises `MemoryError` if there is no memory for another copy of `data`.
+
+    The bindings make one of all that crosses the border. Without memory for it they trap,
+    which costs the instance.
+    """
+    size = len(data)
+    if size > _MUCH:
+        bytes(size)
+
+
 def _write_error(error: Err) -> OSError | RuntimeError:
     if error.value is response.WriteError.CLIENT_GONE:
         return wsgi.ClientGone("the client left before it had the whole response")
@@ -121,7 +138,9 @@ class Handler:
         try:
             if snapshot.stale:
                 snapshot.renew()
-            return wsgi.run(_application, environ, body, _host)
+            answer = wsgi.run(_application, environ, body, _host)
+            _need_room(answer)
+            return answer
         except BaseException as error:
             # Out of memory before the application was called, say.
             _report(error)

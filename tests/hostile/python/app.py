@@ -83,6 +83,25 @@ def churn(number, start_response):
     return reply(start_response, len(hoard))
 
 
+def send_when_full(number, start_response):
+    """Has no memory left for a copy of so many bytes, which it sends."""
+    write = start_response("200 OK", [("Content-Type", "text/plain")])
+    write(b"filled, ")
+    body = b"x" * number
+    hoard = []
+    try:
+        while True:
+            hoard.append(bytearray(b"x" * (60 << 10)))
+    except MemoryError:
+        pass
+    try:
+        write(body)
+    except MemoryError:
+        hoard.clear()
+        write(b"and refused")
+    return []
+
+
 def recurse(number, start_response):
     def down():
         return down()
@@ -226,7 +245,8 @@ def hoard_handles(directory, start_response):
     held = []
     try:
         while True:
-            held.append(open(f"{directory}/{len(held)}", "wb"))
+            # Without a buffer: those of so many are more memory than there may be.
+            held.append(open(f"{directory}/{len(held)}", "wb", buffering=0))
     except OSError as error:
         time.sleep(0.5)
         return reply(start_response, f"{len(held)} {error.errno}")
@@ -276,8 +296,8 @@ ROUTES = {
     "/" + function.__name__.replace("_", "-"): function
     for function in (
         hello, spin, short_spin, stubborn, regular_expression, large_number, derive_keys, sleep, allocate, churn,
-        recurse, recurse_in_c, trap, tiny_writes, endless, whole, many_headers, long_header, chatter, long_line, fill_tmp,
-        fill_data, churn_data, remove_data, hoard_tmp, hoard_data, hoard_random, look_up, connect,
+        send_when_full, recurse, recurse_in_c, trap, tiny_writes, endless, whole, many_headers, long_header, chatter,
+        long_line, fill_tmp, fill_data, churn_data, remove_data, hoard_tmp, hoard_data, hoard_random, look_up, connect,
     )
 }  # fmt: skip
 SENDERS = {"/send-data": send_data, "/send-own": send_own}
