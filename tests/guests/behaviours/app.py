@@ -436,7 +436,7 @@ def collect_for_ever(environ, start_response):
     """Collects sums, at a pace that memory bears, and that has the collector run often."""
     kept = []
     while True:
-        kept.append([sum(range(50))])
+        kept.append([sum(range(500))])
 
 
 class Point:
