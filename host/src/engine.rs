@@ -1,13 +1,15 @@
 //! The wasmtime engine: what code may do, how many instances fit, and the
 //! clock that stops a spinning guest.
 
-use std::sync::mpsc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use wasmtime::{
     Config, Enabled, Engine, InstanceAllocationStrategy, OptLevel, PoolingAllocationConfig, Result,
 };
+
+use crate::scheduler;
 
 /// Time between two ticks of the epoch, at which a guest is looked at: often
 /// while some compute for long, since others wait for them.
@@ -109,43 +111,56 @@ pub fn runner(instances: u32) -> Result<Engine> {
     Engine::new(&config)
 }
 
-/// The thread that advances the epoch, one per engine. A timer for each
-/// request instead costs a hundred times more (wasmtime issue 11814).
+/// The threads that advance the epoch of an engine. A timer for each request
+/// instead costs a hundred times more (wasmtime issue 11814).
 pub struct EpochTicker {
-    stop: Option<mpsc::Sender<()>>,
-    thread: Option<JoinHandle<()>>,
+    stop: Vec<mpsc::Sender<()>>,
+    threads: Vec<JoinHandle<()>>,
 }
 
 impl EpochTicker {
-    /// Starts the thread. It ticks more often while `is_computing`, and ends when
-    /// the ticker is dropped or no one else holds the engine.
+    /// Starts so many threads, each on a processor of its own as far as there are. Where the
+    /// kernel has just switched to a thread, it may let nobody interrupt it for milliseconds,
+    /// and so not the one that ticks; that both of two wait is rare.
+    ///
+    /// They tick more often while `is_computing`, and end when the ticker is dropped or no
+    /// one else holds the engine.
     ///
     /// # Errors
     ///
-    /// If the thread can not be started.
+    /// If a thread can not be started.
     pub fn start(
         engine: &Engine,
-        is_computing: impl Fn() -> bool + Send + 'static,
+        threads: usize,
+        is_computing: impl Fn() -> bool + Send + Sync + 'static,
     ) -> std::io::Result<EpochTicker> {
-        let engine = engine.weak();
-        let (stop, stopped) = mpsc::channel();
-        let thread = std::thread::Builder::new().name("epoch".into()).spawn(move || {
-            let tick = || if is_computing() { SHORT_TICK } else { EPOCH_TICK };
-            while stopped.recv_timeout(tick()) == Err(mpsc::RecvTimeoutError::Timeout) {
-                match engine.upgrade() {
-                    Some(engine) => engine.increment_epoch(),
-                    None => return,
+        let is_computing = Arc::new(is_computing);
+        let mut ticker = EpochTicker { stop: Vec::new(), threads: Vec::new() };
+        for index in 0..threads {
+            let (engine, is_computing) = (engine.weak(), Arc::clone(&is_computing));
+            let (stop, stopped) = mpsc::channel();
+            ticker.stop.push(stop);
+            ticker.threads.push(std::thread::Builder::new().name("epoch".into()).spawn(move || {
+                if threads > 1 {
+                    scheduler::stay_on(index);
                 }
-            }
-        })?;
-        Ok(EpochTicker { stop: Some(stop), thread: Some(thread) })
+                let tick = || if is_computing() { SHORT_TICK } else { EPOCH_TICK };
+                while stopped.recv_timeout(tick()) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    match engine.upgrade() {
+                        Some(engine) => engine.increment_epoch(),
+                        None => return,
+                    }
+                }
+            })?);
+        }
+        Ok(ticker)
     }
 }
 
 impl Drop for EpochTicker {
     fn drop(&mut self) {
-        self.stop = None;
-        if let Some(thread) = self.thread.take() {
+        self.stop.clear();
+        for thread in self.threads.drain(..) {
             // It can not have panicked, and there is nothing to do if it had.
             let _ = thread.join();
         }

@@ -25,7 +25,7 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let engine = engine::runner(1)
         .map_err(anyhow::Error::from)
         .context("failed to reserve memory for the instance")?;
-    let _ticker = EpochTicker::start(&engine, || false).context("failed to start the epoch thread")?;
+    let _ticker = EpochTicker::start(&engine, 1, || false).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
     let (pools, scheduler) = (Pools::new(1, 0, u64::MAX), Scheduler::new(None));

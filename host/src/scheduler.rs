@@ -126,6 +126,17 @@ impl Pins {
     }
 }
 
+/// Keeps this thread on the one of our processors with this index, if there is one.
+pub fn stay_on(index: usize) {
+    let Ok(all) = sched_getaffinity(None) else { return };
+    if let Some(processor) = (0..CpuSet::MAX_CPU).filter(|processor| all.is_set(*processor)).nth(index) {
+        let mut own = CpuSet::new();
+        own.set(processor);
+        // Where it is refused, the kernel chooses.
+        let _ = sched_setaffinity(None, &own);
+    }
+}
+
 /// The threads that are meant for guests that compute for long.
 ///
 /// # Errors

@@ -84,8 +84,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     };
     let runtime = scheduler::foreground(parks).context("failed to start the runtime")?;
     let guests = Arc::clone(&scheduler);
-    let _ticker = EpochTicker::start(&engine, move || guests.is_computing())
-        .context("failed to start the epoch thread")?;
+    let _ticker = EpochTicker::start(&engine, scheduler::processors().min(2), move || guests.is_computing())
+        .context("failed to start the threads of the epoch")?;
     let (idle, rate) = (http.client_timeout.0, http.min_rate.0);
     let pools = Pools::new(plan.instances, reserve, plan.memory);
     let shared = Arc::new(Shared::new(engine, pools, cache, args.grants.code, idle, rate, scheduler));

@@ -82,7 +82,7 @@ pub fn run(args: &WrittenPagesArgs) -> Result<()> {
     let paths = &args.paths[..args.paths.len().min(MAX_PATHS)];
     let instances = u32::try_from(paths.len())?;
     let engine = engine::runner(instances).map_err(anyhow::Error::from)?;
-    let _ticker = EpochTicker::start(&engine, || false).context("failed to start the epoch thread")?;
+    let _ticker = EpochTicker::start(&engine, 1, || false).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
     let (pools, scheduler) = (Pools::new(instances, 0, u64::MAX), Scheduler::new(None));
