@@ -119,9 +119,9 @@ pub struct EpochTicker {
 }
 
 impl EpochTicker {
-    /// Starts so many threads, each on a processor of its own as far as there are. Where the
-    /// kernel has just switched to a thread, it may let nobody interrupt it for milliseconds,
-    /// and so not the one that ticks; that both of two wait is rare.
+    /// Starts so many threads; if more than one, each on a processor of its own as far as
+    /// there are. Where the kernel has just switched to a thread, it may let nobody interrupt
+    /// it for milliseconds, and so not the one that ticks; that both of two wait is rare.
     ///
     /// They tick more often while `is_computing`, and end when the ticker is dropped or no
     /// one else holds the engine.
@@ -142,6 +142,7 @@ impl EpochTicker {
             ticker.stop.push(stop);
             ticker.threads.push(std::thread::Builder::new().name("epoch".into()).spawn(move || {
                 if threads > 1 {
+                    scheduler::be_prompt();
                     scheduler::stay_on(index);
                 }
                 let tick = || if is_computing() { SHORT_TICK } else { EPOCH_TICK };

@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 use rustix::process::{getpriority_process, setpriority_process};
 use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use thread_priority::{
-    NormalThreadSchedulePolicy, ThreadPriority, ThreadPriorityValue, ThreadSchedulePolicy,
-    set_thread_priority_and_policy, thread_native_id,
+    DeadlineFlags, NormalThreadSchedulePolicy, RealtimeThreadSchedulePolicy, ThreadPriority,
+    ThreadPriorityValue, ThreadSchedulePolicy, set_thread_priority_and_policy, thread_native_id,
 };
 use tokio::runtime::{Builder, Handle, Runtime};
 use tokio::sync::oneshot;
@@ -72,6 +72,9 @@ const NICENESS: i32 = 8;
 /// Less than that, on the scale from 0 to 99 of the library that sets policies.
 const SOMEWHAT_NICE: u8 = 40;
 
+/// The shortest slice of time that the kernel gives (`kernel/sched/syscalls.c`, `__setparam_fair`).
+const SHORTEST_SLICE: Duration = Duration::from_micros(100);
+
 /// The threads on which requests begin, one for each processor. Each calls `parks` when it
 /// has nothing to do: see [`Scheduler::is_computing`].
 ///
@@ -87,7 +90,10 @@ pub fn foreground(parks: impl Fn() + Send + Sync + 'static) -> std::io::Result<R
         // Polls between two looks at who has sent something: few, since a flood
         // of others' requests makes each of them long.
         .event_interval(8)
-        .on_thread_start(move || pins.iter().for_each(Pins::started))
+        .on_thread_start(move || {
+            be_prompt();
+            pins.iter().for_each(Pins::started);
+        })
         .on_thread_park(parks)
         .enable_all()
         .build()
@@ -124,6 +130,26 @@ impl Pins {
         // Where it is refused, the kernel chooses.
         let _ = sched_setaffinity(None, own.as_ref().unwrap_or(&self.all));
     }
+}
+
+/// Has this thread run when it is woken, even where the kernel has just switched to
+/// another one: it asks for the shortest slices there are, which go before longer ones
+/// (Linux 6.12, EEVDF, `PREEMPT_SHORT`). Its part of a processor is what it was.
+pub fn be_prompt() {
+    // That is `sched_setattr(2)`, which the library has for `SCHED_DEADLINE` only, but with
+    // any flags: `SCHED_FLAG_KEEP_POLICY` is 8. An older kernel refuses it or has no slices.
+    let slice = ThreadPriority::Deadline {
+        runtime: SHORTEST_SLICE,
+        deadline: Duration::ZERO,
+        period: Duration::ZERO,
+        flags: DeadlineFlags::from_bits_retain(8),
+    };
+    let policy = ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::Deadline);
+    let this_thread = 0;
+    let niceness = getpriority_process(None).unwrap_or(0);
+    let _ = set_thread_priority_and_policy(this_thread, slice, policy);
+    // It sets that, too.
+    let _ = setpriority_process(None, niceness);
 }
 
 /// Keeps this thread on the one of our processors with this index, if there is one.
