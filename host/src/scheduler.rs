@@ -146,10 +146,12 @@ pub fn be_prompt() {
     };
     let policy = ThreadSchedulePolicy::Realtime(RealtimeThreadSchedulePolicy::Deadline);
     let this_thread = 0;
+    // It sets the niceness to 0, and less than that can not be had again without privileges.
     let niceness = getpriority_process(None).unwrap_or(0);
-    let _ = set_thread_priority_and_policy(this_thread, slice, policy);
-    // It sets that, too.
-    let _ = setpriority_process(None, niceness);
+    if niceness >= 0 {
+        let _ = set_thread_priority_and_policy(this_thread, slice, policy);
+        let _ = setpriority_process(None, niceness);
+    }
 }
 
 /// Keeps this thread on the one of our processors with this index, if there is one.

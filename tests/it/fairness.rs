@@ -87,7 +87,11 @@ fn threads_have_the_places_that_their_work_needs() {
         fields.split_ascii_whitespace().map(|field| field.parse().unwrap_or(0)).collect::<Vec<i64>>()
     };
     let niceness = fields(&std::fs::read_to_string("/proc/self/stat").unwrap())[16];
-    let (mut foreground, mut background) = (Vec::new(), 0);
+    // Since when it gives slices as asked for; and it shows them only if it was built so.
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut version = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    let has_slices = (version.next(), version.next()) >= (Some(6), Some(12));
+    let (mut foreground, mut background, mut slices) = (Vec::new(), 0, Vec::new());
     for task in std::fs::read_dir(format!("/proc/{}/task", server.id())).unwrap() {
         let task = task.unwrap().path();
         let read = |name: &str| std::fs::read_to_string(task.join(name)).unwrap();
@@ -100,9 +104,20 @@ fn threads_have_the_places_that_their_work_needs() {
                 assert_eq!((stat[16], stat[38]), (niceness + 8, 3), "not nicer, or not SCHED_BATCH");
                 background += 1;
             }
-            "tokio-rt-worker" => foreground.push(processors.to_owned()),
+            "tokio-rt-worker" => {
+                assert_eq!(stat[16], niceness);
+                foreground.push(processors.to_owned());
+                let scheduled = std::fs::read_to_string(task.join("sched")).unwrap_or_default();
+                let slice = scheduled.lines().find_map(|line| line.strip_prefix("se.slice"));
+                slices.extend(slice.map(|slice| slice.trim_start_matches([' ', ':']).to_owned()));
+            }
             _ => {}
         }
+    }
+    if !has_slices || slices.is_empty() || niceness != 0 {
+        eprintln!("not looked at: slices of the kernel, for it has or shows none, or we are not as nice as usual");
+    } else {
+        assert!(slices.iter().all(|slice| slice == "100000"), "{slices:?} ns");
     }
     assert!(background > 0);
     let own = std::fs::read_to_string("/proc/self/status").unwrap();
