@@ -115,7 +115,9 @@ fn threads_have_the_places_that_their_work_needs() {
         }
     }
     if !has_slices || slices.is_empty() || niceness != 0 {
-        eprintln!("not looked at: slices of the kernel, for it has or shows none, or we are not as nice as usual");
+        eprintln!(
+            "not looked at: slices of the kernel, for it has or shows none, or we are not as nice as usual"
+        );
     } else {
         assert!(slices.iter().all(|slice| slice == "100000"), "{slices:?} ns");
     }
