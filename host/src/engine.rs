@@ -1,7 +1,7 @@
 //! The wasmtime engine: what code may do, how many instances fit, and the
 //! clock that stops a spinning guest.
 
-use std::sync::{Arc, mpsc};
+use std::sync::mpsc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -114,8 +114,8 @@ pub fn runner(instances: u32) -> Result<Engine> {
 /// The threads that advance the epoch of an engine. A timer for each request
 /// instead costs a hundred times more (wasmtime issue 11814).
 pub struct EpochTicker {
-    stop: Vec<mpsc::Sender<()>>,
-    threads: Vec<JoinHandle<()>>,
+    /// Each with what stops it when it is dropped.
+    threads: Vec<(mpsc::Sender<()>, JoinHandle<()>)>,
 }
 
 impl EpochTicker {
@@ -132,15 +132,13 @@ impl EpochTicker {
     pub fn start(
         engine: &Engine,
         threads: usize,
-        is_computing: impl Fn() -> bool + Send + Sync + 'static,
+        is_computing: impl Fn() -> bool + Clone + Send + 'static,
     ) -> std::io::Result<EpochTicker> {
-        let is_computing = Arc::new(is_computing);
-        let mut ticker = EpochTicker { stop: Vec::new(), threads: Vec::new() };
+        let mut ticker = EpochTicker { threads: Vec::new() };
         for index in 0..threads {
-            let (engine, is_computing) = (engine.weak(), Arc::clone(&is_computing));
+            let (engine, is_computing) = (engine.weak(), is_computing.clone());
             let (stop, stopped) = mpsc::channel();
-            ticker.stop.push(stop);
-            ticker.threads.push(std::thread::Builder::new().name("epoch".into()).spawn(move || {
+            let thread = std::thread::Builder::new().name("epoch".into()).spawn(move || {
                 if threads > 1 {
                     scheduler::be_prompt();
                     scheduler::stay_on(index);
@@ -152,7 +150,8 @@ impl EpochTicker {
                         None => return,
                     }
                 }
-            })?);
+            })?;
+            ticker.threads.push((stop, thread));
         }
         Ok(ticker)
     }
@@ -160,8 +159,8 @@ impl EpochTicker {
 
 impl Drop for EpochTicker {
     fn drop(&mut self) {
-        self.stop.clear();
-        for thread in self.threads.drain(..) {
+        for (stop, thread) in self.threads.drain(..) {
+            drop(stop);
             // It can not have panicked, and there is nothing to do if it had.
             let _ = thread.join();
         }

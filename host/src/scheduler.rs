@@ -114,7 +114,7 @@ impl Pins {
     /// the same ones.
     fn new(threads: usize) -> Option<Pins> {
         let all = sched_getaffinity(None).ok()?;
-        let processors: Vec<_> = (0..CpuSet::MAX_CPU).filter(|processor| all.is_set(*processor)).collect();
+        let processors: Vec<_> = members(&all).collect();
         (processors.len() == threads).then(|| Pins { processors, all, started: AtomicUsize::new(0) })
     }
 
@@ -122,13 +122,8 @@ impl Pins {
     /// those that wait for files and the like, and would inherit the place of who
     /// started them.
     fn started(&self) {
-        let own = self.processors.get(self.started.fetch_add(1, Ordering::Relaxed)).map(|processor| {
-            let mut own = CpuSet::new();
-            own.set(*processor);
-            own
-        });
-        // Where it is refused, the kernel chooses.
-        let _ = sched_setaffinity(None, own.as_ref().unwrap_or(&self.all));
+        let own = self.processors.get(self.started.fetch_add(1, Ordering::Relaxed));
+        stay_within(&own.map_or(self.all, |processor| only(*processor)));
     }
 }
 
@@ -156,13 +151,24 @@ pub fn be_prompt() {
 
 /// Keeps this thread on the one of our processors with this index, if there is one.
 pub fn stay_on(index: usize) {
-    let Ok(all) = sched_getaffinity(None) else { return };
-    if let Some(processor) = (0..CpuSet::MAX_CPU).filter(|processor| all.is_set(*processor)).nth(index) {
-        let mut own = CpuSet::new();
-        own.set(processor);
-        // Where it is refused, the kernel chooses.
-        let _ = sched_setaffinity(None, &own);
+    if let Some(processor) = sched_getaffinity(None).ok().and_then(|all| members(&all).nth(index)) {
+        stay_within(&only(processor));
     }
+}
+
+fn members(set: &CpuSet) -> impl Iterator<Item = usize> {
+    (0..CpuSet::MAX_CPU).filter(|processor| set.is_set(*processor))
+}
+
+fn only(processor: usize) -> CpuSet {
+    let mut set = CpuSet::new();
+    set.set(processor);
+    set
+}
+
+fn stay_within(processors: &CpuSet) {
+    // Where it is refused, the kernel chooses.
+    let _ = sched_setaffinity(None, processors);
 }
 
 /// The threads that are meant for guests that compute for long.

@@ -844,6 +844,9 @@ fn all_tenants_together_hold_no_more_memory_than_the_server_has() {
     arena.server.wait_for_log(&["no room for an instance"]);
     assert_eq!(arena.status("hostile")["state"], "serving");
     drop(busy);
+    arena.wait_until("their instances hold more than seven eighths", || {
+        arena.status("hostile")["in_work"] == 0 && held("hostile") <= 280 * MIB
+    });
     arena.ctl(&["drain", "hostile"]).success();
     arena.finish();
 }

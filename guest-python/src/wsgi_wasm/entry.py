@@ -15,7 +15,6 @@ from wit_world.imports import deadline, key_derivation, request_body, response
 from wsgi_wasm import build, command, interrupt, snapshot, wsgi
 from wsgi_wasm.streams import BodyAborted, BodyTooLarge
 
-
 # Bytes for which there is no room where an allocation has just failed.
 _MUCH = 64 * 1024
 
