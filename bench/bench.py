@@ -10,7 +10,6 @@ import os
 import platform
 import secrets
 import shutil
-import signal
 import sys
 import time
 from pathlib import Path
@@ -20,7 +19,7 @@ import marked
 from contestants import (
     FLASK, GRANIAN, GUNICORN, INTERPRETER, PEERS, WASMTIME, WORK, WORKLOADS, WSGI_WASM, Tools, Unavailable,
 )  # fmt: skip
-from measure import Failure, Server, free_port, load, require_wrk, write_json
+from measure import Failure, Server, end_when_told, free_port, load, require_wrk, write_json
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -269,7 +268,7 @@ def main():
     parser.add_argument("--prepare", action="store_true", help="build all that is needed, and measure nothing")
     args = parser.parse_args()
     atexit.register(end_all)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    end_when_told()
     wanted = args.only.split(",") if args.only else units
     for name in wanted:
         if name not in units:

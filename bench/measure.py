@@ -22,6 +22,11 @@ class Failure(Exception):
     """A server did not do its work; the run goes on without this figure."""
 
 
+def end_when_told():
+    """Has SIGTERM end the program as an error does: what it started is stopped, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+
+
 def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

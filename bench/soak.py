@@ -26,7 +26,7 @@ import time
 from pathlib import Path
 
 import marked
-from measure import HERE, Server, free_port, pyplot, run_settings, write_json
+from measure import HERE, Server, end_when_told, free_port, pyplot, run_settings, write_json
 
 ROOT = HERE.parent
 WORK = ROOT / "target/bench/soak"
@@ -414,6 +414,7 @@ def main():
     if args.report:
         report(json.loads(path.with_suffix(".json").read_text()), path)
         return
+    end_when_told()
     soak = Soak(args)
     try:
         soak.prepare()

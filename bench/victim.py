@@ -28,7 +28,7 @@ import threading
 import time
 from pathlib import Path
 
-from measure import Server, free_port, pyplot, run_settings, write_json
+from measure import Server, end_when_told, free_port, pyplot, run_settings, write_json
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -379,7 +379,9 @@ def percentile(times, part):
 def measure(args, port, spawn):
     """Asks the victim for a while; p50 and p99 in milliseconds, and its failures."""
     results = spawn.Queue()
-    asking = spawn.Process(target=ask, args=(args.rate, args.seconds, args.connections, port, results))
+    asking = spawn.Process(
+        target=ask, args=(args.rate, args.seconds, args.connections, port, results), daemon=True
+    )
     asking.start()
     times, failures = results.get()
     asking.join()
@@ -412,7 +414,11 @@ def run(args, apps, name):
                 over, total = spawn.Event(), spawn.Value("L")
                 clients = range(os.cpu_count() if ATTACKS[name][1] else 0)
                 attackers = [
-                    spawn.Process(target=attack, args=(name, port, over, total, range(ATTACKERS)[client :: len(clients)]))
+                    spawn.Process(
+                        target=attack,
+                        args=(name, port, over, total, range(ATTACKERS)[client :: len(clients)]),
+                        daemon=True,
+                    )
                     for client in clients
                 ]
                 for attacker in attackers:
@@ -517,6 +523,7 @@ def main():
     parser.add_argument("--name", default="victim")
     parser.add_argument("--report", action="store_true", help="only make the table and the plot again")
     args = parser.parse_args()
+    end_when_told()
     path = HERE / "results" / args.name
     path.parent.mkdir(exist_ok=True)
     known = path.with_suffix(".json")

@@ -155,6 +155,24 @@ class Entry(unittest.TestCase):
             with mock.patch.object(self.imports.request_body, "read", failing(error)):
                 self.assertRaises(expected, host.read, 1)
 
+    def test_what_has_no_room_for_its_copy_does_not_reach_the_host(self):
+        much, derivation = bytes(100_000), self.entry._Derivation()
+        calls = (
+            lambda: self.entry._host.start(much),
+            lambda: self.entry._host.write(much),
+            lambda: self.entry._host.send_whole(much),
+            lambda: self.entry._host.send_file(much, "/f", 0, 1),
+            lambda: self.entry._host.early_hints(much),
+            lambda: derivation.pbkdf2_hmac("sha256", much, b"s", 1, 1),
+            lambda: derivation.pbkdf2_hmac("sha256", b"p", much, 1, 1),
+            lambda: derivation.scrypt(much, b"s", 2, 1, 1, 1),
+            lambda: derivation.scrypt(b"p", much, 2, 1, 1, 1),
+        )
+        with mock.patch.object(self.entry, "bytes", side_effect=MemoryError, create=True):
+            for call in calls:
+                self.assertRaises(MemoryError, call)
+        self.assertEqual(self.calls, [])
+
     def test_key_derivation(self):
         derivation = self.entry._Derivation()
         self.assertEqual(derivation.pbkdf2_hmac("sha3_512", b"p", b"s", 1, 2)[0], Digest.SHA3_512)

@@ -139,8 +139,8 @@ impl EpochTicker {
             let (engine, is_computing) = (engine.weak(), is_computing.clone());
             let (stop, stopped) = mpsc::channel();
             let thread = std::thread::Builder::new().name("epoch".into()).spawn(move || {
+                scheduler::be_prompt();
                 if threads > 1 {
-                    scheduler::be_prompt();
                     scheduler::stay_on(index);
                 }
                 let tick = || if is_computing() { SHORT_TICK } else { EPOCH_TICK };

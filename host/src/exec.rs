@@ -1,7 +1,5 @@
 //! The `exec` command: one command inside an app's sandbox.
 
-use std::time::Duration;
-
 use anyhow::{Context as _, Result, bail};
 use wasmtime_wasi::I32Exit;
 
@@ -12,8 +10,6 @@ use crate::clock::Elapsed;
 use crate::engine::{self, EpochTicker};
 use crate::error::UserError;
 use crate::instance::{self, Instance, Streams};
-use crate::pool::Pools;
-use crate::scheduler::Scheduler;
 use crate::tenants::{Books, Shared};
 
 /// Runs the command and returns its exit status.
@@ -28,8 +24,7 @@ pub fn run(args: &ExecArgs) -> Result<u8> {
     let _ticker = EpochTicker::start(&engine, 1, || false).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
-    let (pools, scheduler) = (Pools::new(1, 0, u64::MAX), Scheduler::new(None));
-    let shared = Shared::new(engine, pools, cache, args.grants.code, Duration::MAX, 0, scheduler);
+    let shared = Shared::alone(engine, 1, cache, args.grants.code);
     let books = Books::new(&config, &shared.scheduler, shared.pools.memory(), None);
     let app::Loaded { program, grants, .. } = app::load_artifact(&shared, &config, &books)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()

@@ -83,6 +83,13 @@ impl Shared {
         let loader = Loader::new(&engine, &cache);
         Shared { engine, cache, loader, sharing, scheduler, pools, client_idle, min_rate }
     }
+
+    /// The same for one app that no server serves, with room for so many instances: it
+    /// has the machine for itself, and as much time as it takes.
+    pub fn alone(engine: Engine, instances: u32, cache: Cache, sharing: Option<Sharing>) -> Shared {
+        let pools = Pools::new(instances, 0, u64::MAX);
+        Shared::new(engine, pools, cache, sharing, Duration::MAX, 0, Scheduler::new(None))
+    }
 }
 
 /// One version of one tenant.

@@ -29,9 +29,7 @@ use crate::exchange::{Exchange, RequestBody};
 use crate::guest_log::Printable;
 use crate::handler::RequestLimits;
 use crate::instance::{Grants, Instance, Streams};
-use crate::pool::Pools;
 use crate::request_id::RequestId;
-use crate::scheduler::Scheduler;
 use crate::tenants::{Books, Shared};
 
 /// Bytes of a page; on machines where pages are larger, nothing is found.
@@ -85,8 +83,7 @@ pub fn run(args: &WrittenPagesArgs) -> Result<()> {
     let _ticker = EpochTicker::start(&engine, 1, || false).context("failed to start the epoch thread")?;
     let cache = Cache::open()?;
     let config = app::only_tenant(&cache, Some(&args.app), &args.project, &args.grants)?;
-    let (pools, scheduler) = (Pools::new(instances, 0, u64::MAX), Scheduler::new(None));
-    let shared = Shared::new(engine, pools, cache, None, Duration::MAX, 0, scheduler);
+    let shared = Shared::alone(engine, instances, cache, None);
     let books = Books::new(&config, &shared.scheduler, shared.pools.memory(), None);
     let artifact = Artifact::open(&config.app)?;
     let digests = artifact.digests(&shared.cache)?;

@@ -40,6 +40,7 @@ class _Host:
 
     @staticmethod
     def start(head: bytes) -> None:
+        _need_room(head)
         try:
             response.start(head)
         except Err as error:
@@ -70,6 +71,7 @@ class _Host:
 
     @staticmethod
     def send_file(head: bytes, path: str, offset: int, length: int) -> bool:
+        _need_room(head)
         try:
             sent: bool = response.send_file(head, path, offset, length)
             return sent
@@ -78,6 +80,7 @@ class _Host:
 
     @staticmethod
     def early_hints(fields: bytes) -> None:
+        _need_room(fields)
         try:
             response.early_hints(fields)
         except Err as error:
@@ -95,6 +98,8 @@ class _Derivation:
     def pbkdf2_hmac(
         digest: str, password: bytes, salt: bytes, iterations: int, length: int
     ) -> bytes:
+        _need_room(password)
+        _need_room(salt)
         try:
             derived: bytes = key_derivation.pbkdf2_hmac(
                 key_derivation.Digest[digest.upper()], password, salt, iterations, length
@@ -105,6 +110,8 @@ class _Derivation:
 
     @staticmethod
     def scrypt(password: bytes, salt: bytes, n: int, r: int, p: int, length: int) -> bytes:
+        _need_room(password)
+        _need_room(salt)
         try:
             derived: bytes = key_derivation.scrypt(password, salt, n, r, p, length)
             return derived
