@@ -1,5 +1,7 @@
 import copy
+import functools
 import gc
+import importlib
 import os
 import pathlib
 import pickle
@@ -8,8 +10,10 @@ import socket
 import sqlite3
 import sys
 import tempfile
+import types
 import unittest
 import uuid
+import weakref
 
 from tests import support  # noqa: F401
 from wsgi_wasm import snapshot
@@ -156,6 +160,80 @@ class Generators(Case):
         snapshot.freeze()
         seed(5)
         self.assertEqual(generator.random(), random.Random(5).random())
+
+
+class ModuleGenerator(Case):
+    """The generator behind the functions of `random`."""
+
+    def setUp(self):
+        super().setUp()
+        # The interpreter holds the one it made, for `fork`, which there is not in a guest.
+        namespace, first = vars(random), random._inst
+        self.addCleanup(namespace.update, dict(namespace))
+        self.addCleanup(setattr, snapshot, "_module_generator", first)
+        snapshot._module_generator = random._inst = random.Random()
+        for name, value in list(namespace.items()):
+            if getattr(value, "__self__", None) is first:
+                namespace[name] = getattr(random._inst, name)
+
+    def seeded(self):
+        """Returns whether it is another one than in the snapshot."""
+        return snapshot._module_generator.getstate() != self.frozen
+
+    def freeze(self):
+        if snapshot._building is None:
+            snapshot.prepare()
+        snapshot.freeze()
+        snapshot.seed_late()
+        self.frozen = snapshot._module_generator.getstate()
+        # As componentize-py does, which kept the function.
+        snapshot.seed_module()
+
+    def test_it_is_seeded_when_it_is_looked_at(self):
+        for look in (
+            lambda: random.random(),
+            lambda: random._inst,
+            lambda: random.seed(),
+            lambda: vars(random)["choice"],
+            lambda: importlib.import_module("random").choice,
+            lambda: getattr(random, "no_such_name", None),
+        ):
+            self.freeze()
+            self.assertFalse(self.seeded())
+            look()
+            self.assertTrue(self.seeded())
+            self.assertIs(type(random), types.ModuleType)
+
+    def test_a_seed_of_the_application_counts(self):
+        self.freeze()
+        random.seed(5)
+        self.assertEqual(random.random(), random.Random(5).random())
+
+    def test_it_is_seeded_at_once_if_it_is_held(self):
+        holder = types.SimpleNamespace()
+        for hold in (
+            lambda: random.choice,
+            lambda: random.random,
+            lambda: random._inst,
+            lambda: (1, random.randint),
+            lambda: functools.partial(random.shuffle, []),
+            lambda: lambda draw=random.random: draw(),
+            lambda: (draw for draw in [random.random]),
+            lambda: weakref.ref(random.random),
+            lambda: weakref.ref(random._inst),
+        ):
+            holder.held = hold()
+            self.freeze()
+            self.assertTrue(self.seeded())
+            holder.held = None
+
+    def test_it_is_seeded_at_once_if_it_was_looked_at_since(self):
+        snapshot.freeze()
+        snapshot.seed_late()
+        random.random()
+        state = snapshot._module_generator.getstate()
+        snapshot.seed_module()
+        self.assertNotEqual(snapshot._module_generator.getstate(), state)
 
 
 class Network(Case):

@@ -664,6 +664,11 @@ class StartResponse(unittest.TestCase):
             with self.subTest(bad):
                 self.refuse(ValueError, "value of header X-Name", headers=[("X-Name", bad)])
 
+    def test_lengths(self):
+        for bad in ("", "ten", "-1", "+1", " 1", "1 ", "1.0", "1_0", "0x1", "\xb2", "9" * 19):
+            with self.subTest(bad):
+                self.refuse(ValueError, "must be a number", headers=[("Content-Length", bad)])
+
     def test_hop_by_hop(self):
         for name in ("Connection", "keep-alive", "TE", "Trailer", "Transfer-Encoding", "Upgrade",
                      "Proxy-Authenticate", "Proxy-Authorization", "Status"):  # fmt: skip

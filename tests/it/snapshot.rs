@@ -33,6 +33,15 @@ fn two_instances_never_draw_the_same_random_values() {
     server.finish();
 }
 
+/// An app that looks at `random` has its generator seeded then, this one never does.
+#[test]
+fn two_instances_never_draw_the_same_by_a_function_that_the_app_holds() {
+    let server = Server::start("bottle", &["--isolation", "request"]);
+    let draws: HashSet<_> = (0..4).map(|_| server.get("/drawn").ok()).collect();
+    assert_eq!(draws.len(), 4, "{draws:?}");
+    server.finish();
+}
+
 #[test]
 fn a_fresh_instance_knows_nothing_of_an_earlier_one() {
     let server = Server::start("behaviours", &["--isolation", "request"]);

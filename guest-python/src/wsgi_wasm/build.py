@@ -12,7 +12,6 @@ import importlib.util
 import json
 import os
 import py_compile
-import random
 import shutil
 import sys
 import time
@@ -104,8 +103,11 @@ def settle(application: wsgi.Application, more: Iterable[Any]) -> None:
 
     Requests use the functions and classes in `more`, which were not used here.
     """
+    if application is _no_application:
+        return
+    snapshot.seed_late()
     # The allocator of other platforms has other habits.
-    if application is not _no_application and sys.platform == "wasi":
+    if sys.platform == "wasi":
         image.settle(SCRATCH, more)
 
 
@@ -252,7 +254,7 @@ def _rehearse(rehearse: Rehearse, times: int) -> None:
     for application in (whole, pieces):
         for number in range(times):
             # componentize-py does that in every instance.
-            random.seed()
+            snapshot.seed_module()
             # Each with other headers, as other clients send.
             rehearse(application, _WarmupHost(), _environ_block("/", f"HTTP_X_{number}"))
 

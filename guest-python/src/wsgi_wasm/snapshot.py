@@ -9,8 +9,8 @@ Renewed: generators of the class `random.Random` that were seeded from the
 system's entropy (those with a seed of their own keep it, for the application
 wants their sequence), the names of temporary files, the state of `uuid`, and
 the environment that the application set. componentize-py itself renews the
-module-level generator of `random` and the host's part of the environment, and
-`sqlite` replaces the random values of SQL.
+host's part of the environment, and has `seed_module` renew the module-level
+generator of `random`; `sqlite` replaces the random values of SQL.
 
 Not renewed: the seed of `hash(str)`, so each build has another one; values
 that the application computed from entropy at import, such as
@@ -26,6 +26,7 @@ import linecache
 import os
 import random
 import sys
+import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -54,7 +55,7 @@ def prepare() -> None:
     """Begins to watch what the application does while it is imported."""
     global _building
     _building = _Building()
-    random.seed = _seed_module
+    random.seed = seed_module
     # The layers are read-only at run time; at build time `build` compiles.
     sys.dont_write_bytecode = True
 
@@ -92,7 +93,7 @@ def freeze() -> list[str]:
         value for value in _instances(random.Random)
         # SystemRandom has no state.
         if not isinstance(value, random.SystemRandom) and not watched.is_explicit(value)
-        # componentize-py calls `random.seed()` on the first call.
+        # That is for `seed_module`.
         and value is not _module_generator
     ]  # fmt: skip
     warnings = watched.leftovers()
@@ -109,17 +110,65 @@ def renew() -> None:
     """Makes this instance differ from all others; the first exported call needs it."""
     global stale
     stale = False
-    for generator in _generators:
-        _seed(generator, _entropy())
-    _generators.clear()
-    for name, value in _environment.items():
-        # The operator's word counts more than the application's default.
-        os.environ.setdefault(name, value)
+    # Most have none of either, and in a fresh instance each function that is called for
+    # the first time costs as much as a hundred others.
+    if _generators:
+        for generator in _generators:
+            _seed(generator, _entropy())
+        _generators.clear()
+    if _environment:
+        for name, value in _environment.items():
+            # The operator's word counts more than the application's default.
+            os.environ.setdefault(name, value)
 
 
-def _seed_module(a: Any = None, version: int = 2) -> None:
-    """Stands for `random.seed`."""
+def seed_late() -> None:
+    """Lets `seed_module` seed only when somebody looks at `random`, if that is soon enough.
+
+    After `freeze`, when nobody looks at it any more before the snapshot.
+    """
+    # Or what is frozen is found by nobody.
+    gc.unfreeze()
+    if not _is_held():
+        random.__class__ = _Unseeded
+
+
+def seed_module(a: Any = None, version: int = 2) -> None:
+    """Stands for `random.seed`, which componentize-py calls before the first call."""
+    # To look at the module seeds it.
+    if a is None and type(random) is _Unseeded:
+        return
     _seed(_module_generator, _entropy() if a is None else a, version)
+
+
+class _Unseeded(types.ModuleType):
+    """What `random` is until somebody looks at it in an instance.
+
+    To seed a generator takes as long as the half of a small request, and few draw from
+    this one.
+    """
+
+    def __getattribute__(self, name: str) -> Any:
+        self.__class__ = types.ModuleType
+        seed_module()
+        return getattr(self, name)
+
+
+def _is_held() -> bool:
+    """Tells whether the module-level generator can be drawn from without a look at `random`.
+
+    As by what was imported from there by name.
+    """
+    namespace = vars(random)
+    methods = (
+        value for value in namespace.values() if getattr(value, "__self__", None) is _module_generator
+    )
+    all_of_it = (_module_generator, *methods)
+    ours = {id(value) for value in (namespace, globals(), all_of_it, *all_of_it)}
+    holders = gc.get_referrers(*all_of_it)
+    return any(id(holder) not in ours for holder in holders) or any(
+        map(weakref.getweakrefcount, all_of_it)
+    )
 
 
 def _entropy() -> int:

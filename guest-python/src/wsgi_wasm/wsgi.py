@@ -94,7 +94,8 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110 section 5.6.2
 _STATUS = re.compile(r"[1-9][0-9]{2} [\t\x20-\x7e\x80-\xff]*[\x21-\x7e\x80-\xff][\t\x20]*")
 # RFC 9110 section 5.5: visible characters, blanks and obs-text.
 _BAD_IN_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")
-_DIGITS = re.compile(r"[0-9]{1,18}")
+# Digits of a length: so many fit into the 64 bits of the contract.
+_MAX_DIGITS = 18
 
 # PEP 3333, "Other HTTP Features": an application must not use hop-by-hop
 # features. `Status` would be taken for the status line of the CGI response.
@@ -514,7 +515,8 @@ def _header_lines(
         if lower == "content-length":
             if length is not None:
                 raise ValueError("the headers contain Content-Length twice")
-            if not _DIGITS.fullmatch(value):
+            # `isdigit` alone takes those of all scripts.
+            if not (value.isascii() and value.isdigit()) or len(value) > _MAX_DIGITS:
                 raise ValueError(f"Content-Length must be a number, not {value!r}")
             length = int(value)
             if without_length:

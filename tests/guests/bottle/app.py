@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from random import getrandbits
 
 import bottle
 
@@ -18,6 +19,11 @@ def secret():
 @app.get("/")
 def index():
     return "Hello from Bottle"
+
+
+@app.get("/drawn")
+def drawn():
+    return str(getrandbits(64))
 
 
 @app.get("/greet/<name>")
