@@ -106,9 +106,7 @@ def settle(application: wsgi.Application, more: Iterable[Any]) -> None:
     if application is _no_application:
         return
     snapshot.seed_late()
-    # The allocator of other platforms has other habits.
-    if sys.platform == "wasi":
-        image.settle(SCRATCH, more)
+    image.settle(SCRATCH, more)
 
 
 def compile_tree(root: str, origin: str) -> None:

@@ -9,6 +9,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from wsgi_wasm import image, library  # noqa: F401
+
+image.gather()
+
 from componentize_py_types import Err, Ok
 from wit_world.imports import deadline, key_derivation, request_body, response
 

@@ -16,6 +16,10 @@ to do with the application:
   that requests run is copied to one place, and is run there: the host's build does that.
 - Its allocator takes what was freed before, wherever that is. So all that is
   free is filled, and what a request allocates lies together, above the rest.
+  What it looks at costs little, but not nothing: for each page that is in an
+  instance's memory, and the kernel maps sixteen at a time, it is asked whether it
+  was written to. So most is filled for the first time before what all requests
+  look at is made: the other modules of this package, and then the application.
 
 What was made before the snapshot is therefore never freed in an instance. That
 is no leak: it can not become more.
@@ -69,6 +73,9 @@ _OF_CODE = (
 _ROOM = 4 * 1024 * 1024
 # None is so small that there is one object for all.
 _SIZES = (*(1 << power for power in range(19, 12, -1)), *range(4096, 256, -64), *range(256, 0, -8))
+
+# The allocator of other platforms has other habits.
+_KNOWN = sys.platform == "wasi"
 
 # The places of `func_code` in a function, of `_co_instrumentation_version` in code, of
 # `ht_cached_keys` in a class and of `ma_keys` in a dictionary (CPython 3.14, with pointers
@@ -130,12 +137,22 @@ def watching() -> Iterator[None]:
         monitoring.free_tool_id(tool)
 
 
+def gather() -> None:
+    """Lets what is made next lie together."""
+    if not _KNOWN:
+        return
+    gc.collect()
+    _fill_holes(1 << 20, 1 << 15)
+
+
 def settle(scratch: str, more: Iterable[Any]) -> None:
     """Arranges the memory, and tells the host's build of it in the directory `scratch`.
 
     Requests use the functions and classes in `more` as well, and did not while `watching`.
     Nothing should be freed after it. Call it last.
     """
+    if not _KNOWN:
+        return
     functions = []
     for value in more:
         if type(value) is type:
@@ -151,7 +168,8 @@ def settle(scratch: str, more: Iterable[Any]) -> None:
     _tell(scratch, VERSIONS, _versions(settle.__code__))
     needed = _tell_code(scratch, functions) + _tell_keys(scratch) + _ALIGNMENT
     gc.collect()
-    _fill_holes()
+    _reserve()
+    _fill_holes(_ROOM, _SIZES[0])
     # Not of zeros: those are not in the snapshot.
     room = b"\xff" * needed
     # The bytes begin where the size of an empty object ends, but for the final NUL.
@@ -295,11 +313,11 @@ def _cache_sizes() -> bytes:
     return bytes(sizes)
 
 
-def _fill_holes() -> None:
-    """Allocates all memory that was freed, but for what is above the rest."""
-    _reserve()
-    top = id(bytes(_ROOM))
-    for size in _SIZES:
+def _fill_holes(above: int, largest: int) -> None:
+    """Allocates all memory that was freed, but for what is above the rest, where there is to
+    be so much, and for holes of more than twice the size `largest`."""
+    top = id(bytes(above))
+    for size in (size for size in _SIZES if size <= largest):
         while id(block := bytes(size)) < top:
             _kept.append(block)
     while id(small := object()) < top:

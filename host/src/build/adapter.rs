@@ -28,6 +28,7 @@ const MODULES: &[(&str, &str)] = modules![
     "image.py",
     "interrupt.py",
     "kdf.py",
+    "library.py",
     "loading.py",
     "snapshot.py",
     "sqlite.py",
