@@ -11,13 +11,12 @@ from typing import Any
 
 from wsgi_wasm import image, library  # noqa: F401
 
-image.gather()
+with image.together():
+    from componentize_py_types import Err, Ok
+    from wit_world.imports import deadline, key_derivation, request_body, response
 
-from componentize_py_types import Err, Ok
-from wit_world.imports import deadline, key_derivation, request_body, response
-
-from wsgi_wasm import build, command, interrupt, snapshot, wsgi
-from wsgi_wasm.streams import BodyAborted, BodyTooLarge
+    from wsgi_wasm import build, command, interrupt, snapshot, wsgi
+    from wsgi_wasm.streams import BodyAborted, BodyTooLarge
 
 # Bytes for which there is no room where an allocation has just failed.
 _MUCH = 64 * 1024

@@ -18,8 +18,8 @@ to do with the application:
   free is filled, and what a request allocates lies together, above the rest.
   What it looks at costs little, but not nothing: for each page that is in an
   instance's memory, and the kernel maps sixteen at a time, it is asked whether it
-  was written to. So most is filled for the first time before what all requests
-  look at is made: the other modules of this package, and then the application.
+  was written to. So what is free is filled, for the first time, before what all
+  requests look at is made: the other modules of this package.
 
 What was made before the snapshot is therefore never freed in an instance. That
 is no leak: it can not become more.
@@ -71,6 +71,10 @@ _OF_CODE = (
 # not in the snapshot. Enough for what `settle` itself needed, and for the
 # requests of most applications, so that they need not grow the memory.
 _ROOM = 4 * 1024 * 1024
+# More than was ever freed in one place before there is an application.
+_LARGEST_HOLE = 1024 * 1024
+# Bytes of a block that is worth to be given back.
+_LARGE = 4096
 # None is so small that there is one object for all.
 _SIZES = (*(1 << power for power in range(19, 12, -1)), *range(4096, 256, -64), *range(256, 0, -8))
 
@@ -137,12 +141,18 @@ def watching() -> Iterator[None]:
         monitoring.free_tool_id(tool)
 
 
-def gather() -> None:
-    """Lets what is made next lie together."""
+@contextmanager
+def together() -> Iterator[None]:
+    """Lets what is made in the block lie together."""
     if not _KNOWN:
+        yield
         return
     gc.collect()
-    _fill_holes(1 << 20, 1 << 15)
+    blocks: list[Any] = []
+    _fill_holes(blocks, _LARGEST_HOLE)
+    yield
+    # The others are for the application: an instance need not have more memory.
+    _kept.extend(block for block in blocks if sys.getsizeof(block) < _LARGE)
 
 
 def settle(scratch: str, more: Iterable[Any]) -> None:
@@ -169,7 +179,7 @@ def settle(scratch: str, more: Iterable[Any]) -> None:
     needed = _tell_code(scratch, functions) + _tell_keys(scratch) + _ALIGNMENT
     gc.collect()
     _reserve()
-    _fill_holes(_ROOM, _SIZES[0])
+    _fill_holes(_kept, _ROOM)
     # Not of zeros: those are not in the snapshot.
     room = b"\xff" * needed
     # The bytes begin where the size of an empty object ends, but for the final NUL.
@@ -313,15 +323,17 @@ def _cache_sizes() -> bytes:
     return bytes(sizes)
 
 
-def _fill_holes(above: int, largest: int) -> None:
-    """Allocates all memory that was freed, but for what is above the rest, where there is to
-    be so much, and for holes of more than twice the size `largest`."""
+def _fill_holes(blocks: list[Any], above: int) -> None:
+    """Puts blocks into all memory that was freed, but for what is above the rest.
+
+    There is to be so much; more than is free in one place below.
+    """
     top = id(bytes(above))
-    for size in (size for size in _SIZES if size <= largest):
+    for size in _SIZES:
         while id(block := bytes(size)) < top:
-            _kept.append(block)
+            blocks.append(block)
     while id(small := object()) < top:
-        _kept.append(small)
+        blocks.append(small)
 
 
 def _reserve() -> None:

@@ -1,10 +1,11 @@
 """What the other modules import of the standard library.
 
 All of it before the first of them, so that what they are made of lies together
-in memory; see `image.gather`.
+in memory; see `image.together`.
 """
 
 import __future__
+
 import array
 import ast
 import atexit

@@ -149,7 +149,7 @@ class _Unseeded(types.ModuleType):
     """
 
     def __getattribute__(self, name: str) -> Any:
-        self.__class__ = types.ModuleType
+        self.__class__ = types.ModuleType  # type: ignore[assignment]
         seed_module()
         return getattr(self, name)
 
@@ -161,7 +161,9 @@ def _is_held() -> bool:
     """
     namespace = vars(random)
     methods = (
-        value for value in namespace.values() if getattr(value, "__self__", None) is _module_generator
+        value
+        for value in namespace.values()
+        if getattr(value, "__self__", None) is _module_generator
     )
     all_of_it = (_module_generator, *methods)
     ours = {id(value) for value in (namespace, globals(), all_of_it, *all_of_it)}
