@@ -144,7 +144,7 @@ def seed_module(a: Any = None, version: int = 2) -> None:
 class _Unseeded(types.ModuleType):
     """What `random` is until somebody looks at it in an instance.
 
-    To seed a generator takes as long as the half of a small request, and few draw from
+    To seed a generator takes as long as a third of a small request, and few draw from
     this one.
     """
 
