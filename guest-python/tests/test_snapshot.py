@@ -168,13 +168,13 @@ class ModuleGenerator(Case):
     def setUp(self):
         super().setUp()
         # The interpreter holds the one it made, for `fork`, which there is not in a guest.
-        namespace, first = vars(random), random._inst
-        self.addCleanup(namespace.update, dict(namespace))
+        first, before = random._inst, dict(vars(random))
+        self.addCleanup(lambda: vars(random).update(before))
         self.addCleanup(setattr, snapshot, "_module_generator", first)
         snapshot._module_generator = random._inst = random.Random()
-        for name, value in list(namespace.items()):
+        for name, value in before.items():
             if getattr(value, "__self__", None) is first:
-                namespace[name] = getattr(random._inst, name)
+                setattr(random, name, getattr(random._inst, name))
 
     def seeded(self):
         """Returns whether it is another one than in the snapshot."""
@@ -216,6 +216,7 @@ class ModuleGenerator(Case):
             lambda: random.random,
             lambda: random._inst,
             lambda: (1, random.randint),
+            lambda: vars(random),
             lambda: functools.partial(random.shuffle, []),
             lambda: lambda draw=random.random: draw(),
             lambda: (draw for draw in [random.random]),

@@ -167,9 +167,14 @@ def _is_held() -> bool:
     )
     all_of_it = (_module_generator, *methods)
     ours = {id(value) for value in (namespace, globals(), all_of_it, *all_of_it)}
-    holders = gc.get_referrers(*all_of_it)
-    return any(id(holder) not in ours for holder in holders) or any(
-        map(weakref.getweakrefcount, all_of_it)
+    return (
+        any(id(holder) not in ours for holder in gc.get_referrers(*all_of_it))
+        or any(map(weakref.getweakrefcount, all_of_it))
+        # Or `vars(random)`, which is the globals of its functions.
+        or any(
+            holder is not random and type(holder) is not types.FunctionType
+            for holder in gc.get_referrers(namespace)
+        )
     )
 
 
