@@ -43,7 +43,7 @@ class _Host:
 
     @staticmethod
     def start(head: bytes) -> None:
-        _need_room(head)
+        _need_room(len(head))
         try:
             response.start(head)
         except Err as error:
@@ -51,7 +51,7 @@ class _Host:
 
     @staticmethod
     def write(chunk: bytes) -> None:
-        _need_room(chunk)
+        _need_room(len(chunk))
         try:
             response.write(chunk)
         except Err as error:
@@ -66,7 +66,7 @@ class _Host:
 
     @staticmethod
     def send_whole(whole: bytes) -> None:
-        _need_room(whole)
+        _need_room(len(whole))
         try:
             response.send_whole(whole)
         except Err as error:
@@ -74,7 +74,7 @@ class _Host:
 
     @staticmethod
     def send_file(head: bytes, path: str, offset: int, length: int) -> bool:
-        _need_room(head)
+        _need_room(len(head))
         try:
             sent: bool = response.send_file(head, path, offset, length)
             return sent
@@ -83,7 +83,7 @@ class _Host:
 
     @staticmethod
     def early_hints(fields: bytes) -> None:
-        _need_room(fields)
+        _need_room(len(fields))
         try:
             response.early_hints(fields)
         except Err as error:
@@ -101,8 +101,7 @@ class _Derivation:
     def pbkdf2_hmac(
         digest: str, password: bytes, salt: bytes, iterations: int, length: int
     ) -> bytes:
-        _need_room(password)
-        _need_room(salt)
+        _need_room(len(password) + len(salt))
         try:
             derived: bytes = key_derivation.pbkdf2_hmac(
                 key_derivation.Digest[digest.upper()], password, salt, iterations, length
@@ -113,8 +112,7 @@ class _Derivation:
 
     @staticmethod
     def scrypt(password: bytes, salt: bytes, n: int, r: int, p: int, length: int) -> bytes:
-        _need_room(password)
-        _need_room(salt)
+        _need_room(len(password) + len(salt))
         try:
             derived: bytes = key_derivation.scrypt(password, salt, n, r, p, length)
             return derived
@@ -122,13 +120,12 @@ class _Derivation:
             raise ValueError(error.value.value) from None
 
 
-def _need_room(data: bytes) -> None:
-    """Raises `MemoryError` if there is no memory for another copy of `data`.
+def _need_room(size: int) -> None:
+    """Raises `MemoryError` if there is no memory for a copy of `size` bytes.
 
     The bindings make one of all that crosses the border. Without memory for it they trap,
     which costs the instance.
     """
-    size = len(data)
     if size > _MUCH:
         bytes(size)
 
@@ -148,7 +145,7 @@ class Handler:
             if snapshot.stale:
                 snapshot.renew()
             answer = wsgi.run(_application, environ, body, _host)
-            _need_room(answer)
+            _need_room(len(answer))
             return answer
         except BaseException as error:
             # Out of memory before the application was called, say.

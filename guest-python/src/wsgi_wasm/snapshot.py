@@ -2,8 +2,9 @@
 
 Security rests on this module: state that is secret or unique in an ordinary
 process, and is in the snapshot, is equal in all instances and readable in the
-artifact. `prepare` runs before the application is imported, `freeze` right
-before the snapshot, `renew` on the first call into every instance.
+artifact. `prepare` runs before the application is imported, `freeze` after its
+warm-up, `seed_late` right before the snapshot, `renew` on the first call into
+every instance.
 
 Renewed: generators of the class `random.Random` that were seeded from the
 system's entropy (those with a seed of their own keep it, for the application
