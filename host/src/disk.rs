@@ -2,15 +2,18 @@
 //!
 //! A tenant has places for some at a time, so that its disk's slowness, or its
 //! greed, takes not all of the host's threads. What finds no place waits. The
-//! processor time of the work is the tenant's own.
+//! processor time of the work is the tenant's own, and while it is ahead, the
+//! work gives way to everybody else's.
 
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
+use tokio::runtime::Handle;
 use tokio::task::JoinHandle;
 
 use crate::footprint::Footprint;
+use crate::scheduler::Share;
 
 /// Work that was begun. It is done to its end, whoever waits for it. Comes to
 /// none if it panicked, or the server stops.
@@ -21,13 +24,14 @@ pub struct Work<T>(JoinHandle<Option<T>>);
 pub fn begin<T: Send + 'static>(footprint: &Footprint, work: impl FnOnce() -> T + Send + 'static) -> Work<T> {
     let places = Arc::clone(footprint.disk_places());
     let share = footprint.share().cloned();
+    let threads = share.as_ref().map_or_else(Handle::current, Share::threads_for_files);
     let work = move || match share {
         Some(share) => share.charged(work).0,
         None => work(),
     };
     Work(match Arc::clone(&places).try_acquire_owned() {
         // Held by the work, not by the request: that may be gone before.
-        Ok(place) => tokio::task::spawn_blocking(move || {
+        Ok(place) => threads.spawn_blocking(move || {
             let _place = place;
             Some(work())
         }),
@@ -38,7 +42,7 @@ pub fn begin<T: Send + 'static>(footprint: &Footprint, work: impl FnOnce() -> T 
                 let _place = place;
                 work()
             };
-            tokio::task::spawn_blocking(work).await.ok()
+            threads.spawn_blocking(work).await.ok()
         }),
     })
 }
@@ -56,7 +60,7 @@ mod tests {
     use super::*;
     use crate::clock::thread_time;
     use crate::footprint::Together;
-    use crate::scheduler::{Scheduler, Share};
+    use crate::scheduler::Scheduler;
     use std::sync::mpsc;
 
     #[tokio::test]

@@ -69,7 +69,11 @@ const SLICE: u64 = 5_000;
 /// times as much. It counts among the threads of a control group or session, so not
 /// against other services.
 const NICENESS: i32 = 8;
-/// Less than that, on the scale from 0 to 99 of the library that sets policies.
+/// The same for those that work on the files of a tenant that is ahead. It has sixteen of
+/// them, each of which is woken at every step: as nice as its guests, they have together as
+/// much as a thread of the foreground, while that answers another tenant.
+const NICENESS_ON_FILES: i32 = 19;
+/// Less than both, on the scale from 0 to 99 of the library that sets policies.
 const SOMEWHAT_NICE: u8 = 40;
 
 /// The shortest slice of time that the kernel gives (`kernel/sched/syscalls.c`, `__setparam_fair`).
@@ -171,29 +175,56 @@ fn stay_within(processors: &CpuSet) {
     let _ = sched_setaffinity(None, processors);
 }
 
-/// The threads that are meant for guests that compute for long.
-///
-/// # Errors
-///
-/// If they can not be started.
-pub fn background() -> std::io::Result<Runtime> {
-    let niceness = getpriority_process(None).unwrap_or(0) + NICENESS;
-    Builder::new_multi_thread()
-        // More than slots: one that waited for its client or a file finds a thread.
-        .worker_threads(2 * processors())
-        .thread_name("background")
-        .on_thread_start(move || {
-            // They do not interrupt others when they wake up (sched(7)). Where any of
-            // this is refused, they are like the others.
-            let batch = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Batch);
-            let _ = ThreadPriorityValue::try_from(SOMEWHAT_NICE).map(|nice| {
-                let nice = ThreadPriority::Crossplatform(nice);
-                set_thread_priority_and_policy(thread_native_id(), nice, batch)
-            });
-            let _ = setpriority_process(None, niceness);
-        })
-        .enable_all()
-        .build()
+/// The threads that give way to those on which requests begin.
+#[derive(Debug)]
+pub struct Background {
+    guests: Runtime,
+    /// Has no thread but those that may wait for a disk.
+    files: Runtime,
+}
+
+impl Background {
+    /// Starts those that are meant for guests that compute for long; the others are started
+    /// when there is work on files.
+    ///
+    /// # Errors
+    ///
+    /// If they can not be started.
+    pub fn start() -> std::io::Result<Background> {
+        let guests = Builder::new_multi_thread()
+            // More than slots: one that waited for its client or a file finds a thread.
+            .worker_threads(2 * processors())
+            .thread_name("background")
+            .on_thread_start(be_nicer(NICENESS))
+            .enable_all()
+            .build()?;
+        let files = Builder::new_current_thread()
+            .thread_name("files")
+            .on_thread_start(be_nicer(NICENESS_ON_FILES))
+            .build()?;
+        Ok(Background { guests, files })
+    }
+
+    /// Ends them, whatever they do, after `timeout` for each kind at the latest.
+    pub fn shutdown(self, timeout: Duration) {
+        self.guests.shutdown_timeout(timeout);
+        self.files.shutdown_timeout(timeout);
+    }
+}
+
+/// Makes the thread in which it is called nicer by so much than this one.
+fn be_nicer(by: i32) -> impl Fn() + Send + Sync + 'static {
+    let niceness = getpriority_process(None).unwrap_or(0) + by;
+    move || {
+        // They do not interrupt others when they wake up (sched(7)). Where any of
+        // this is refused, they are like the others.
+        let batch = ThreadSchedulePolicy::Normal(NormalThreadSchedulePolicy::Batch);
+        let _ = ThreadPriorityValue::try_from(SOMEWHAT_NICE).map(|nice| {
+            let nice = ThreadPriority::Crossplatform(nice);
+            set_thread_priority_and_policy(thread_native_id(), nice, batch)
+        });
+        let _ = setpriority_process(None, niceness);
+    }
 }
 
 /// A tenant's part in the use of the processors.
@@ -314,7 +345,14 @@ impl Share {
     /// The threads for the tenant's work in the background; without any, those of
     /// the runtime that this is called in.
     pub fn background(&self) -> Handle {
-        self.scheduler.background.clone().unwrap_or_else(Handle::current)
+        self.scheduler.guests.clone().unwrap_or_else(Handle::current)
+    }
+
+    /// The threads for the tenant's work on files, which may wait: those of the runtime that
+    /// this is called in, or nicer ones while the tenant is ahead.
+    pub fn threads_for_files(self: &Arc<Self>) -> Handle {
+        let nicer = self.scheduler.files.clone().filter(|_| self.is_ahead());
+        nicer.unwrap_or_else(Handle::current)
     }
 
     /// Counts the tenant among those that want to compute.
@@ -393,7 +431,8 @@ pub struct Scheduler {
     is_contended: AtomicBool,
     /// Whether anyone has a slot.
     is_computing: AtomicBool,
-    background: Option<Handle>,
+    guests: Option<Handle>,
+    files: Option<Handle>,
 }
 
 #[derive(Debug)]
@@ -442,11 +481,11 @@ impl Future for Turn {
 impl Scheduler {
     /// A scheduler for this machine's processors, with threads for work in the
     /// background; without them it goes on where it is.
-    pub fn new(background: Option<Handle>) -> Arc<Scheduler> {
+    pub fn new(background: Option<&Background>) -> Arc<Scheduler> {
         Scheduler::with_slots(processors(), background)
     }
 
-    fn with_slots(slots: usize, background: Option<Handle>) -> Arc<Scheduler> {
+    fn with_slots(slots: usize, background: Option<&Background>) -> Arc<Scheduler> {
         Arc::new(Scheduler {
             state: Mutex::new(State { free: slots, waiting: Vec::new(), active: Vec::new() }),
             slots: slots as u64,
@@ -458,7 +497,8 @@ impl Scheduler {
             is_busy: AtomicBool::new(false),
             is_contended: AtomicBool::new(false),
             is_computing: AtomicBool::new(false),
-            background,
+            guests: background.map(|threads| threads.guests.handle().clone()),
+            files: background.map(|threads| threads.files.handle().clone()),
         })
     }
 

@@ -28,7 +28,7 @@ use crate::listener::{self, Address, Inherited, Listener};
 use crate::machine;
 use crate::pool::Pools;
 use crate::sandbox::{self, Paths, Sandbox};
-use crate::scheduler::{self, Scheduler};
+use crate::scheduler::{self, Background, Scheduler};
 use crate::state::{State, StateFile};
 use crate::static_files::Mount;
 use crate::tenants::{Shared, Source, Tenants};
@@ -74,8 +74,8 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     // Before the first thread: not all of it reaches those that run already.
     sandbox::apply(args.sandbox, &paths_in_use(args, &plan, &state.get(), &cache, &addresses)?)?;
     // What computes for long does so elsewhere: see `scheduler`.
-    let background = scheduler::background().context("failed to start the threads for guests")?;
-    let scheduler = Scheduler::new(Some(background.handle().clone()));
+    let background = Background::start().context("failed to start the threads for guests")?;
+    let scheduler = Scheduler::new(Some(&background));
     let (guests, epoch) = (Arc::clone(&scheduler), engine.clone());
     let parks = move || {
         if guests.is_computing() {
@@ -107,7 +107,7 @@ pub fn run(args: &ServeArgs) -> Result<()> {
     });
     // Whatever is left had its grace. The background first: its tasks use the
     // timers and sockets of the other one.
-    background.shutdown_timeout(Duration::from_millis(100));
+    background.shutdown(Duration::from_millis(100));
     runtime.shutdown_timeout(Duration::from_millis(100));
     served
 }

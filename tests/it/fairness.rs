@@ -78,15 +78,65 @@ fn a_tenant_without_budget_gets_a_lower_share() {
     assert!(parts[1] < 0.25, "{parts:?}");
 }
 
+/// What is behind the name in `/proc/PID/stat`, as far as it is numbers.
+fn fields(stat: &str) -> Vec<i64> {
+    let (_, fields) = stat.rsplit_once(')').unwrap();
+    fields.split_ascii_whitespace().map(|field| field.parse().unwrap_or(0)).collect()
+}
+
+/// Places in [`fields`], see `proc_pid_stat(5)`, and a policy.
+const NICENESS: usize = 16;
+const POLICY: usize = 38;
+const SCHED_BATCH: i64 = 3;
+
+#[test]
+fn who_is_ahead_works_on_files_with_what_others_leave() {
+    let directory = tempfile::tempdir().unwrap();
+    let (app, data) = (guest("hostile"), directory.path().join("data"));
+    std::fs::create_dir(&data).unwrap();
+    let config = format!(
+        "[[tenant]]\nname = \"a\"\napp = {app:?}\nhosts = [\"a\"]\ndata = {{ path = {data:?} }}\n\
+         [[tenant]]\nname = \"b\"\napp = {app:?}\nhosts = [\"b\"]\n"
+    );
+    let path = directory.path().join("wsgi-wasm.toml");
+    std::fs::write(&path, config).unwrap();
+    let server = Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(&path));
+    let own = fields(&std::fs::read_to_string("/proc/self/stat").unwrap())[NICENESS];
+    // Those that work on files beside the ones of the runtimes: how nice, and of which policy.
+    let threads = || -> Vec<(i64, i64)> {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", server.id())).unwrap();
+        let read = |name: &str, task: &std::path::Path| std::fs::read_to_string(task.join(name)).ok();
+        tasks
+            .map(|task| task.unwrap().path())
+            .filter(|task| read("comm", task).is_some_and(|name| name.trim() == "files"))
+            .filter_map(|task| read("stat", &task))
+            .map(|stat| (fields(&stat)[NICENESS], fields(&stat)[POLICY]))
+            .collect()
+    };
+    // Nobody else wants anything.
+    let ask = |host: &str, path: &str| {
+        let mut connection = server.connect();
+        connection.send(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"));
+        connection
+    };
+    assert_eq!(ask("a", "/churn-data?20").read_response("GET").status, 200);
+    assert_eq!(threads(), []);
+    let found = (0..100).any(|_| {
+        assert_eq!(ask("b", "/hello").read_response("GET").status, 200);
+        let mut asked: Vec<_> = (0..12).map(|_| ask("a", "/churn-data?20")).collect();
+        asked.iter_mut().for_each(|one| assert_eq!(one.read_response("GET").status, 200));
+        !threads().is_empty()
+    });
+    assert!(found, "no thread of the kind");
+    assert!(threads().iter().all(|thread| *thread == ((own + 19).min(19), SCHED_BATCH)), "{:?}", threads());
+    server.finish();
+}
+
 #[test]
 fn threads_have_the_places_that_their_work_needs() {
     let server = Server::start("behaviours", &[]);
     assert_eq!(server.get("/hello").status, 200);
-    let fields = |stat: &str| {
-        let (_, fields) = stat.rsplit_once(')').unwrap();
-        fields.split_ascii_whitespace().map(|field| field.parse().unwrap_or(0)).collect::<Vec<i64>>()
-    };
-    let niceness = fields(&std::fs::read_to_string("/proc/self/stat").unwrap())[16];
+    let niceness = fields(&std::fs::read_to_string("/proc/self/stat").unwrap())[NICENESS];
     // Since when it gives slices as asked for; and it shows them only if it was built so.
     let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
     let mut version = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
@@ -95,17 +145,17 @@ fn threads_have_the_places_that_their_work_needs() {
     for task in std::fs::read_dir(format!("/proc/{}/task", server.id())).unwrap() {
         let task = task.unwrap().path();
         let read = |name: &str| std::fs::read_to_string(task.join(name)).unwrap();
-        // proc_pid_stat(5): behind the name, the 17th is the nice value and the 39th the policy.
         let stat = fields(&read("stat"));
         let status = read("status");
         let processors = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:\t")).unwrap();
         match read("comm").trim() {
             "background" => {
-                assert_eq!((stat[16], stat[38]), (niceness + 8, 3), "not nicer, or not SCHED_BATCH");
+                assert_eq!(stat[NICENESS], niceness + 8);
+                assert_eq!(stat[POLICY], SCHED_BATCH);
                 background += 1;
             }
             "tokio-rt-worker" => {
-                assert_eq!(stat[16], niceness);
+                assert_eq!(stat[NICENESS], niceness);
                 foreground.push(processors.to_owned());
                 let scheduled = std::fs::read_to_string(task.join("sched")).unwrap_or_default();
                 let slice = scheduled.lines().find_map(|line| line.strip_prefix("se.slice"));
