@@ -1,4 +1,4 @@
-"""The glue, with stand-ins for the modules that componentize-py generates."""
+"""`entry` and `exports`, with stand-ins for the modules that componentize-py generates."""
 
 import enum
 import gc
@@ -8,6 +8,7 @@ import types
 import unittest
 from unittest import mock
 
+import wsgi_wasm
 from tests.support import block
 from wsgi_wasm import build, interrupt, kdf, snapshot, wsgi
 from wsgi_wasm.streams import BodyAborted, BodyTooLarge
@@ -84,8 +85,11 @@ class Entry(unittest.TestCase):
         ):
             patch.start()
             self.addCleanup(patch.stop)
-        sys.modules.pop("wsgi_wasm.entry", None)
+        for name in ("entry", "exports"):
+            sys.modules.pop(f"wsgi_wasm.{name}", None)
+            vars(wsgi_wasm).pop(name, None)
         self.entry = importlib.import_module("wsgi_wasm.entry")
+        self.exports = self.entry.exports
 
     def test_handle(self):
         def application(environ, start_response):
@@ -135,7 +139,7 @@ class Entry(unittest.TestCase):
             with (
                 mock.patch("sys.stderr") as stderr,
                 mock.patch.object(wsgi, "run", side_effect=error),
-                mock.patch.object(self.entry.command, "run", side_effect=error),
+                mock.patch.object(self.exports.command, "run", side_effect=error),
             ):
                 self.assertEqual(self.entry.Handler().handle(b"", b""), b"")
                 self.assertEqual(self.entry.Command().run([]), 1)
@@ -143,7 +147,7 @@ class Entry(unittest.TestCase):
                 self.assertEqual(self.entry.Handler().handle(b"", b""), b"")
 
     def test_errors_of_the_host(self):
-        host = self.entry._host
+        host = self.exports.host
         for error, expected in ((WriteError.CLIENT_GONE, wsgi.ClientGone),
                                 (WriteError.REFUSED, wsgi.Refused)):  # fmt: skip
             for name, arguments in (("start", (b"",)), ("write", (b"",)), ("finish", ())):
@@ -156,25 +160,25 @@ class Entry(unittest.TestCase):
                 self.assertRaises(expected, host.read, 1)
 
     def test_what_has_no_room_for_its_copy_does_not_reach_the_host(self):
-        much, derivation = bytes(100_000), self.entry._Derivation()
+        much, derivation = bytes(100_000), self.exports.Derivation()
         calls = (
-            lambda: self.entry._host.start(much),
-            lambda: self.entry._host.write(much),
-            lambda: self.entry._host.send_whole(much),
-            lambda: self.entry._host.send_file(much, "/f", 0, 1),
-            lambda: self.entry._host.early_hints(much),
+            lambda: self.exports.host.start(much),
+            lambda: self.exports.host.write(much),
+            lambda: self.exports.host.send_whole(much),
+            lambda: self.exports.host.send_file(much, "/f", 0, 1),
+            lambda: self.exports.host.early_hints(much),
             lambda: derivation.pbkdf2_hmac("sha256", much, b"s", 1, 1),
             lambda: derivation.pbkdf2_hmac("sha256", b"p", much, 1, 1),
             lambda: derivation.scrypt(much, b"s", 2, 1, 1, 1),
             lambda: derivation.scrypt(b"p", much, 2, 1, 1, 1),
         )
-        with mock.patch.object(self.entry, "bytes", side_effect=MemoryError, create=True):
+        with mock.patch.object(self.exports, "bytes", side_effect=MemoryError, create=True):
             for call in calls:
                 self.assertRaises(MemoryError, call)
         self.assertEqual(self.calls, [])
 
     def test_key_derivation(self):
-        derivation = self.entry._Derivation()
+        derivation = self.exports.Derivation()
         self.assertEqual(derivation.pbkdf2_hmac("sha3_512", b"p", b"s", 1, 2)[0], Digest.SHA3_512)
         self.assertEqual(derivation.scrypt(b"p", b"s", 2, 1, 1, 5), (b"p", b"s", 2, 1, 1, 5))
         error = failing(types.SimpleNamespace(value="too much"))

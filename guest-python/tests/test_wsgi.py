@@ -85,10 +85,25 @@ class Environ(unittest.TestCase):
             start_response("200 OK", [])
             return []
 
-        for _ in range(2):
+        for _ in range(3):
             answer, host = run(application)
             self.assertTrue(answer, host.logged)
         self.assertEqual(self.environ()["wsgi.version"], (1, 0))
+
+    def test_environs_look_the_same_however_often_their_names_came(self):
+        wsgi.forget_shapes()
+        first, *others = (self.environ(HTTP_X="1") for _ in range(3))
+        for seen in others:
+            for of_one_request in ("wsgi.input", "wsgi.early_hints"):
+                seen[of_one_request] = first[of_one_request]
+            self.assertEqual(list(seen.items()), list(first.items()))
+
+    def test_a_few_names_are_remembered(self):
+        wsgi.forget_shapes()
+        self.addCleanup(wsgi.forget_shapes)
+        for number in range(1000):
+            self.environ(**{f"HTTP_X_{number}": ""})
+        self.assertLess(len(wsgi._shapes), 100)
 
     def test_an_environ_is_freed_with_its_request(self):
         class Marker:

@@ -11,6 +11,6 @@ be equal in two instances (`snapshot.renew`). Each request is one call of
 `wsgi.run`, with its body from `streams`; a one-off command is one call of
 `command.run`. Passwords are hashed by the host (`kdf`).
 
-All modules but `entry` run on an ordinary CPython, which is where they are
-tested.
+All modules but `entry` and `exports`, the exported functions, run on an ordinary
+CPython, which is where they are tested.
 """

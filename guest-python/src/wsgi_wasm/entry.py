@@ -1,8 +1,4 @@
-"""The module that componentize-py makes a component of: glue, and nothing else.
-
-Importing it is the build. The classes are the world's exports. An exception
-that leaves one of their methods is a trap, so none does.
-"""
+"""The module that componentize-py makes a component of. Importing it is the build."""
 
 from __future__ import annotations
 
@@ -12,167 +8,8 @@ from typing import Any
 from wsgi_wasm import image, library  # noqa: F401
 
 with image.together():
-    from componentize_py_types import Err, Ok
-    from wit_world.imports import deadline, key_derivation, request_body, response
-
-    from wsgi_wasm import build, command, interrupt, snapshot, wsgi
-    from wsgi_wasm.streams import BodyAborted, BodyTooLarge
-
-# Bytes for which there is no room where an allocation has just failed.
-_MUCH = 64 * 1024
-
-
-class _Host:
-    """The host's functions for `wsgi.run`, with exceptions for the contract's errors."""
-
-    @staticmethod
-    def read(limit: int) -> bytes:
-        try:
-            data: bytes = request_body.read(limit)
-            return data
-        except Err as error:
-            match error.value:
-                case request_body.ReadError.TOO_LARGE:
-                    raise BodyTooLarge("the request body is larger than the host allows") from None
-                case request_body.ReadError.CLIENT_GONE:
-                    raise BodyAborted(
-                        "the client left before its whole request body arrived"
-                    ) from None
-                case _:
-                    raise BodyAborted("no request body can be read (any more)") from None
-
-    @staticmethod
-    def start(head: bytes) -> None:
-        _need_room(len(head))
-        try:
-            response.start(head)
-        except Err as error:
-            raise _write_error(error) from None
-
-    @staticmethod
-    def write(chunk: bytes) -> None:
-        _need_room(len(chunk))
-        try:
-            response.write(chunk)
-        except Err as error:
-            raise _write_error(error) from None
-
-    @staticmethod
-    def finish() -> None:
-        try:
-            response.finish()
-        except Err as error:
-            raise _write_error(error) from None
-
-    @staticmethod
-    def send_whole(whole: bytes) -> None:
-        _need_room(len(whole))
-        try:
-            response.send_whole(whole)
-        except Err as error:
-            raise _write_error(error) from None
-
-    @staticmethod
-    def send_file(head: bytes, path: str, offset: int, length: int) -> bool:
-        _need_room(len(head))
-        try:
-            sent: bool = response.send_file(head, path, offset, length)
-            return sent
-        except Err as error:
-            raise _write_error(error) from None
-
-    @staticmethod
-    def early_hints(fields: bytes) -> None:
-        _need_room(len(fields))
-        try:
-            response.early_hints(fields)
-        except Err as error:
-            raise _write_error(error) from None
-
-    @staticmethod
-    def log(text: str) -> None:
-        sys.stderr.write(text)
-
-
-class _Derivation:
-    """The host's functions for `kdf`."""
-
-    @staticmethod
-    def pbkdf2_hmac(
-        digest: str, password: bytes, salt: bytes, iterations: int, length: int
-    ) -> bytes:
-        _need_room(len(password) + len(salt))
-        try:
-            derived: bytes = key_derivation.pbkdf2_hmac(
-                key_derivation.Digest[digest.upper()], password, salt, iterations, length
-            )
-            return derived
-        except Err as error:
-            raise ValueError(error.value.value) from None
-
-    @staticmethod
-    def scrypt(password: bytes, salt: bytes, n: int, r: int, p: int, length: int) -> bytes:
-        _need_room(len(password) + len(salt))
-        try:
-            derived: bytes = key_derivation.scrypt(password, salt, n, r, p, length)
-            return derived
-        except Err as error:
-            raise ValueError(error.value.value) from None
-
-
-def _need_room(size: int) -> None:
-    """Raises `MemoryError` if there is no memory for a copy of `size` bytes.
-
-    The bindings make one of all that crosses the border. Without memory for it they trap,
-    which costs the instance.
-    """
-    if size > _MUCH:
-        bytes(size)
-
-
-def _write_error(error: Err) -> OSError | RuntimeError:
-    if error.value is response.WriteError.CLIENT_GONE:
-        return wsgi.ClientGone("the client left before it had the whole response")
-    return wsgi.Refused("the host refused the response; its log tells why")
-
-
-class Handler:
-    """The exported interface `handler`."""
-
-    def handle(self, environ: bytes, body: bytes) -> bytes:
-        """Answers one request."""
-        try:
-            if snapshot.stale:
-                snapshot.renew()
-            answer = wsgi.run(_application, environ, body, _host)
-            _need_room(len(answer))
-            return answer
-        except BaseException as error:
-            # Out of memory before the application was called, say.
-            _report(error)
-            return b""
-
-
-class Command:
-    """The exported interface `command`."""
-
-    def run(self, arguments: list[str]) -> int:
-        """Runs a command line that starts with `python`."""
-        try:
-            if snapshot.stale:
-                snapshot.renew()
-            return command.run(arguments)
-        except BaseException as error:
-            _report(error)
-            return 1
-
-
-# What requests use, and no build can: the host is not there.
-_AT_RUN_TIME = (
-    _Host.read, _Host.start, _Host.write, _Host.finish, _Host.send_whole, deadline.time_left,
-    request_body.read, response.start, response.write, response.finish, response.send_whole,
-    Ok,
-)  # fmt: skip
+    from wsgi_wasm import build, exports, interrupt
+    from wsgi_wasm.exports import Command, Handler  # noqa: F401
 
 
 class _Arguments(list[str]):
@@ -185,33 +22,9 @@ class _Arguments(list[str]):
     def __delitem__(self, index: Any) -> None:
         super().__delitem__(index)
         sys.argv = [""]
-        interrupt.arm(_time_left)
-        build.settle(_application, _AT_RUN_TIME)
+        interrupt.arm(exports.time_left)
+        build.settle(exports.application, exports.AT_RUN_TIME)
 
 
-def _time_left() -> int:
-    # The collector may run before the first call, when there is no host to ask.
-    left: int = sys.maxsize if snapshot.stale else deadline.time_left()
-    return left
-
-
-def _rehearse(application: wsgi.Application, host: wsgi.Host, environ: bytes) -> None:
-    """Answers a request as the first one of an instance; see `build`."""
-    global _application, _host
-    real, (_application, _host) = _host, (application, host)
-    with snapshot.rehearsal():
-        Handler().handle(environ, b"")
-    _host = real
-
-
-def _report(error: BaseException) -> None:
-    try:
-        sys.stderr.write(f"wsgi-wasm: {type(error).__name__}: {error}\n")
-    except BaseException:
-        return
-
-
-_host: wsgi.Host = _Host()
-_application: wsgi.Application
-_application = build.main(_Derivation(), _rehearse)
+exports.application = build.main(exports.Derivation(), exports.rehearse)
 sys.argv = _Arguments(sys.argv)

@@ -348,11 +348,15 @@ def _empty_stores() -> None:
     """Uses up the freed objects that the interpreter has in store for the next ones of
     their kind: those are what has been used to fill the holes."""
     numbers = range(1000, 1100)
+    # A type that is called allocates; what is asked for an object takes from the store.
+    from_keys = dict.fromkeys
+    _kept.append(from_keys)
     for made in (
         map(int.__add__, numbers, numbers),
         map(float, numbers),
-        map(list, itertools.repeat((), 100)),
-        map(dict.fromkeys, itertools.repeat("k", 100)),
+        map(list.copy, itertools.repeat([], 100)),
+        map(dict.copy, itertools.repeat({"k": None}, 100)),
+        map(from_keys, itertools.repeat("k", 100)),
         map(iter, itertools.repeat([], 20)),
         map(iter, itertools.repeat((0,), 20)),
         map(slice, numbers),

@@ -14,6 +14,7 @@ import io
 import os
 import stat
 from collections.abc import Callable
+from io import BytesIO
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -52,10 +53,10 @@ def open_input(environ: dict[str, Any], body: bytes, pull: Pull) -> io.BufferedI
         length = int(declared)
         if len(body) < length:
             return io.BufferedReader(RequestBody(body, length, pull), _BUFFER)
-        return io.BytesIO(body if len(body) == length else body[:length])
+        return BytesIO(body if len(body) == length else body[:length])
     if "HTTP_TRANSFER_ENCODING" in environ or environ.get("SERVER_PROTOCOL") == "HTTP/2.0":
         return io.BufferedReader(RequestBody(body, None, pull), _BUFFER)
-    return io.BytesIO()
+    return BytesIO()
 
 
 class RequestBody(io.RawIOBase):

@@ -109,10 +109,10 @@ _FAILED = "the application failed"
 # What was checked or taken apart before, since applications and clients use
 # few of them over and over. Bounded, for a client may send any: the statuses,
 # the names of headers with their lower case form, and what environs look like,
-# by their names as in the block.
-_statuses: set[str] = set()
-_names: dict[str, str] = {}
-_shapes: dict[bytes, _Shape] = {}
+# by their names as in the block: none for what came once.
+_statuses: set[str] = {"200 OK"}
+_names: dict[str, str] = {name: name.lower() for name in ("Content-Type", "Content-Length")}
+_shapes: dict[bytes, _Shape | None] = {}
 _REMEMBERED = 256
 _REMEMBERED_SHAPES = 32
 _REMEMBERED_SHAPE_LENGTH = 2048
@@ -126,9 +126,13 @@ def run(application: Application, environ_block: bytes, body: bytes, host: Host)
     through `host` or the application failed.
     """
     names, _, values = environ_block.partition(b"\0\0")
+    fields = values.decode("latin-1").split("\0")
     shape = _shapes.get(names) or _shape(names)
-    environ = shape.environ.copy()
-    environ.update(zip(shape.names, values.decode("latin-1").split("\0")))
+    if shape is None:
+        environ = {**dict(zip(names.decode("latin-1").split("\0"), fields)), **_ENVIRON}
+    else:
+        environ = shape.environ.copy()
+        environ.update(zip(shape.names, fields))
     environ["wsgi.errors"] = sys.stderr
     response = Response(environ, host)
     if environ.get("SERVER_PROTOCOL") == "HTTP/1.1":
@@ -467,12 +471,15 @@ class _Shape:
         self.environ: dict[str, Any] = {**dict.fromkeys(names), **_ENVIRON}
 
 
-def _shape(names: bytes) -> _Shape:
-    """Returns what environs look like whose block starts with `names`."""
-    shape = _Shape(names.decode("latin-1").split("\0"))
+def _shape(names: bytes) -> _Shape | None:
+    """Returns what environs look like whose block starts with `names`; none for the first one,
+    since it may be the only one of an instance."""
+    if names in _shapes:
+        shape = _shapes[names] = _Shape(names.decode("latin-1").split("\0"))
+        return shape
     if len(_shapes) < _REMEMBERED_SHAPES and len(names) <= _REMEMBERED_SHAPE_LENGTH:
-        _shapes[names] = shape
-    return shape
+        _shapes[names] = None
+    return None
 
 
 def forget_shapes() -> None:

@@ -25,6 +25,7 @@ const MODULES: &[(&str, &str)] = modules![
     "build.py",
     "command.py",
     "entry.py",
+    "exports.py",
     "image.py",
     "interrupt.py",
     "kdf.py",
