@@ -92,6 +92,10 @@ class Run:
         peers, failures = self.able(self.peers, workload.app)
         body = b"x" * workload.upload or None
         connections = workload.connections or self.connections
+        seconds = warming = self.seconds
+        if self.warmup >= 1:
+            # Long enough for the first ones to be done.
+            seconds, warming = max(seconds, workload.seconds), max(warming, workload.seconds // 2)
         answers = {}
 
         def measure(peer):
@@ -104,19 +108,18 @@ class Run:
                 # Some requests at least, however long they take.
                 while time.perf_counter() < end or warm < 3:
                     if self.warmup >= 1:
-                        load(server, workload.path, workload.method, workload.upload, connections, self.seconds)
+                        load(server, workload.path, workload.method, workload.upload, connections, warming)
                         warm += 3
                     else:
                         server.wait_for(workload.path, workload.method, body)
                         warm += 1
-                figures = load(
-                    server, workload.path, workload.method, workload.upload, connections, self.seconds
-                )
+                figures = load(server, workload.path, workload.method, workload.upload, connections, seconds)
                 return {**figures, "start": start * 1000}
 
         figures = self.each_round(peers, failures, measure)
         return {
             **self.settings(),
+            "seconds": seconds,
             "connections": connections,
             "bytes": len(answers.get("first", b"")),
             "rounds of": figures,

@@ -63,6 +63,9 @@ class Workload:
     # Bytes of the request's body; with some it is a POST.
     upload: int = 0
     connections: int | None = None
+    # Seconds under load, unless the driver is told more: where requests take long and all
+    # are answered at a time, many are half done at the end.
+    seconds: int = 0
 
     @property
     def method(self):
@@ -76,7 +79,7 @@ WORKLOADS = [
     Workload("flask", "Flask with a template", FLASK, "/"),
     Workload("django", "Django with a read from SQLite", DJANGO, "/"),
     Workload("sleep", "Sleep for 100 ms", PLAIN, "/sleep"),
-    Workload("cpu", "20 ms of computing", PLAIN, "/cpu"),
+    Workload("cpu", "20 ms of computing", PLAIN, "/cpu", seconds=8),
     Workload("upload", "Upload of 1 MB", PLAIN, "/upload", upload=1_000_000),
     Workload("download", "Download of 10 MB", PLAIN, "/download"),
     Workload("stream", "Stream of 100 pieces of 1 kB", PLAIN, "/stream"),

@@ -127,8 +127,9 @@ def markdown(results):
         if not unit:
             continue
         plural = "s" if unit["connections"] > 1 else ""
+        longer = f", rounds of {unit['seconds']} s" if unit["seconds"] != some["seconds"] else ""
         lines += [f"### {workload.title}", "", f"{unit['connections']} connection{plural}, "
-                  f"answers of {unit['bytes']:,} bytes.", ""]  # fmt: skip
+                  f"answers of {unit['bytes']:,} bytes{longer}.", ""]  # fmt: skip
         rows = []
         for peer in PEERS:
             if peer.name not in unit["rounds of"]:
