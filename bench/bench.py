@@ -5,6 +5,7 @@
 
 import argparse
 import atexit
+import functools
 import json
 import os
 import platform
@@ -103,18 +104,20 @@ class Run:
                 content, start = server.wait_for(workload.path, workload.method, body)
                 if content != answers.setdefault("first", content):
                     raise server.failure(f"answered otherwise than the others: {content[:200]!r}")
+                ask = functools.partial(
+                    load, server, workload.path, workload.method, workload.upload, connections
+                )
                 end = time.perf_counter() + self.warmup
                 warm = 0
                 # Some requests at least, however long they take.
                 while time.perf_counter() < end or warm < 3:
                     if self.warmup >= 1:
-                        load(server, workload.path, workload.method, workload.upload, connections, warming)
+                        ask(warming)
                         warm += 3
                     else:
                         server.wait_for(workload.path, workload.method, body)
                         warm += 1
-                figures = load(server, workload.path, workload.method, workload.upload, connections, seconds)
-                return {**figures, "start": start * 1000}
+                return {**ask(seconds), "start": start * 1000}
 
         figures = self.each_round(peers, failures, measure)
         return {

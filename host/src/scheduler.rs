@@ -12,7 +12,8 @@
 //! each tick of the epoch. There it needs a [`Slot`] for each slice of time.
 //! There are as many slots as processors, and when more want one than there
 //! are, the tenant with the least virtual time goes first. So a tenant's share
-//! does not depend on how many requests it has open.
+//! does not depend on how many requests it has open. What a tenant that is ahead
+//! does with files, which may wait for a disk, has further threads that get less still.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, AtomicUsize, Ordering};
@@ -351,8 +352,10 @@ impl Share {
     /// The threads for the tenant's work on files, which may wait: those of the runtime that
     /// this is called in, or nicer ones while the tenant is ahead.
     pub fn threads_for_files(self: &Arc<Self>) -> Handle {
-        let nicer = self.scheduler.files.clone().filter(|_| self.is_ahead());
-        nicer.unwrap_or_else(Handle::current)
+        match &self.scheduler.files {
+            Some(nicer) if self.is_ahead() => nicer.clone(),
+            _ => Handle::current(),
+        }
     }
 
     /// Counts the tenant among those that want to compute.

@@ -1,9 +1,17 @@
 use std::num::NonZero;
+use std::path::Path;
 use std::thread::available_parallelism;
 
 use serde_json::Value;
 
 use crate::harness::{Connection, Server, guest, run, wsgi_wasm};
+
+/// A server with this configuration, which ends without waiting for what is running.
+fn serve(directory: &Path, config: &str) -> Server {
+    let path = directory.join("wsgi-wasm.toml");
+    std::fs::write(&path, config).unwrap();
+    Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--grace", "0s", "--config"]).arg(path))
+}
 
 /// The parts of the processors' time that two tenants get whose requests never
 /// end: with these settings, and so many requests for each processor.
@@ -22,11 +30,7 @@ fn parts(settings: [&str; 2], requests: [usize; 2]) -> [f64; 2] {
          limits = {{ timeout = \"5m\" }}\n{}",
         tenants.collect::<String>()
     );
-    let path = directory.path().join("wsgi-wasm.toml");
-    std::fs::write(&path, config).unwrap();
-    let server = Server::spawn(
-        wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--grace", "0s", "--config"]).arg(&path),
-    );
+    let server = serve(directory.path(), &config);
     let control = format!("unix:{}", directory.path().join("control.sock").display());
     let used = || -> [f64; 2] {
         let list = run(wsgi_wasm().args(["ctl", "--control", &control, "list", "--json"])).success().stdout;
@@ -98,14 +102,12 @@ fn who_is_ahead_works_on_files_with_what_others_leave() {
         "[[tenant]]\nname = \"a\"\napp = {app:?}\nhosts = [\"a\"]\ndata = {{ path = {data:?} }}\n\
          [[tenant]]\nname = \"b\"\napp = {app:?}\nhosts = [\"b\"]\n"
     );
-    let path = directory.path().join("wsgi-wasm.toml");
-    std::fs::write(&path, config).unwrap();
-    let server = Server::spawn(wsgi_wasm().args(["serve", "--bind", "127.0.0.1:0", "--config"]).arg(&path));
+    let server = serve(directory.path(), &config);
     let own = fields(&std::fs::read_to_string("/proc/self/stat").unwrap())[NICENESS];
     // Those that work on files beside the ones of the runtimes: how nice, and of which policy.
     let threads = || -> Vec<(i64, i64)> {
         let tasks = std::fs::read_dir(format!("/proc/{}/task", server.id())).unwrap();
-        let read = |name: &str, task: &std::path::Path| std::fs::read_to_string(task.join(name)).ok();
+        let read = |name: &str, task: &Path| std::fs::read_to_string(task.join(name)).ok();
         tasks
             .map(|task| task.unwrap().path())
             .filter(|task| read("comm", task).is_some_and(|name| name.trim() == "files"))
@@ -113,12 +115,12 @@ fn who_is_ahead_works_on_files_with_what_others_leave() {
             .map(|stat| (fields(&stat)[NICENESS], fields(&stat)[POLICY]))
             .collect()
     };
-    // Nobody else wants anything.
     let ask = |host: &str, path: &str| {
         let mut connection = server.connect();
         connection.send(format!("GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n"));
         connection
     };
+    // Nobody else wants anything.
     assert_eq!(ask("a", "/churn-data?20").read_response("GET").status, 200);
     assert_eq!(threads(), []);
     let found = (0..100).any(|_| {
